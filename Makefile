@@ -1,0 +1,99 @@
+# torch_rpa: `make test` or `make demo` on a fresh Linux machine with Python 3.11 sets everything up by itself.
+#
+# Two stamps in .venv say what is done: one for the pinned packages, one for torch_rpa with its native extension.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3.11
+PYTHON_CANDIDATES := $(PYTHON) $(if $(filter file,$(origin PYTHON)),python3)
+UV_VERSION := 0.13.9
+
+# ninja and uv of the environment are found first, also by what Python starts.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+PACKAGES_STAMP := $(VENV)/.stamp-packages
+INSTALL_STAMP := $(VENV)/.stamp-torch_rpa
+NATIVE_SOURCES := $(wildcard csrc_stub/*.cpp csrc_stub/*.h)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint format bench clean distclean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(INSTALL_STAMP) ## set up .venv: the pinned packages, and torch_rpa with its native extension
+
+demo: $(INSTALL_STAMP) ## run the demo (DEVICE=cpu picks a device, ARGS="..." adds options)
+	@$(BIN)/python -m torch_rpa.demo $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
+
+test: $(INSTALL_STAMP) ## run the tests (ARGS="-k name" adds pytest options)
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(PACKAGES_STAMP) ## check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(PACKAGES_STAMP) ## put the code in style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALL_STAMP) ## run every benchmark in benchmarks/
+	@for file in benchmarks/bench_*.py; do \
+	  echo "== $$file"; \
+	  $(BIN)/python -m "benchmarks.$$(basename "$$file" .py)" $(ARGS) || exit 1; \
+	done
+
+clean: ## remove builds and caches, keep .venv
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis torch_rpa/_C.*.so $(INSTALL_STAMP)
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv, too
+	rm -rf $(VENV)
+
+# ---- Set-up -----------------------------------------------------------------------------------------------------
+
+is_python311 = "$$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' >/dev/null 2>&1
+
+$(BIN)/python:
+	@python=; \
+	for candidate in $(PYTHON_CANDIDATES); do \
+	  if $(is_python311); then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "error: Python 3.11 is needed, and is not at: $(PYTHON_CANDIDATES); install it, or name it with make PYTHON=/path/to/python3.11" >&2; \
+	  exit 1; \
+	fi; \
+	echo "== Creating $(VENV) with $$("$$python" --version)"; \
+	if command -v uv >/dev/null 2>&1; then \
+	  uv venv --seed --python "$$(command -v "$$python")" $(VENV) && exit 0; \
+	elif "$$python" -m venv $(VENV); then \
+	  exit 0; \
+	fi; \
+	rm -rf $(VENV); \
+	echo "error: $$python cannot create a virtual environment; on Debian and Ubuntu: sudo apt install python3.11-venv" >&2; \
+	exit 1
+
+# uv installs everything in under a minute and pip in about four, so a missing uv is worth a try to get one.
+$(PACKAGES_STAMP): requirements.txt | $(BIN)/python
+	@command -v uv >/dev/null 2>&1 || $(BIN)/python -m pip install --disable-pip-version-check uv==$(UV_VERSION) \
+	  || echo "uv cannot be installed; going on with pip"
+	@echo "== Installing the pinned packages (about 7 GB; a minute with uv, four with pip)"
+	@if command -v uv >/dev/null 2>&1; then \
+	  uv pip install --python $(BIN)/python --no-deps -r requirements.txt; \
+	else \
+	  $(BIN)/python -m pip install --disable-pip-version-check --no-deps -r requirements.txt; \
+	fi
+	@touch $@
+
+# Without build isolation: the extension must be built for the torch that stands in .venv. The last line prints a
+# warning if there is no usable extension; that is no error, as everything works in pure Python, too.
+$(INSTALL_STAMP): $(PACKAGES_STAMP) setup.py pyproject.toml $(NATIVE_SOURCES)
+	@echo "== Building the native extension and installing torch_rpa in place (about a minute)"
+	@if command -v uv >/dev/null 2>&1; then \
+	  uv pip install --python $(BIN)/python --no-deps --no-build-isolation -e .; \
+	else \
+	  $(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .; \
+	fi
+	@$(BIN)/python -c 'from torch_rpa import native; print("== Native extension:", "ready" if native.is_available() else "none")'
+	@touch $@

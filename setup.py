@@ -1,0 +1,108 @@
+"""Build torch_rpa: pure Python, and the native extension `torch_rpa._C` where torch and a compiler are there.
+
+The extension is optional: when it cannot be built, one message says why and the package is installed without
+it. TORCH_RPA_REQUIRE_NATIVE=1 makes that an error. All metadata is in pyproject.toml.
+"""
+
+import os
+import shlex
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+NAME = "torch_rpa._C"
+SOURCES = ["csrc_stub/module.cpp", "csrc_stub/write_pages.cpp"]
+# Without OpenMP at::parallel_for would be a serial loop; in use, torch and the extension share one libgomp.
+# If maths functions had to set errno, std::lrint would be a library call for each element.
+COMPILE_FLAGS = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-fno-math-errno"]
+LINK_FLAGS = ["-fopenmp"]
+
+
+class OptionalBuildExt(build_ext):
+    """Has torch build the extension, and goes on without it if that fails.
+
+    torch is imported only here, not for the metadata that installers ask for before they build.
+    """
+
+    def run(self):
+        try:
+            self.build_with_torch()
+        except Exception as error:  # a compiler may be absent, too old, without headers, killed ...
+            self.remove_earlier_libraries()
+            self.extensions = []  # nothing to copy or to package
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
+            if os.environ.get("TORCH_RPA_REQUIRE_NATIVE") == "1":
+                sys.exit(f"error: the native extension of torch_rpa cannot be built: {reason}")
+            report_pure_python(reason)
+
+    def build_with_torch(self):
+        """Build into the folders that this command was given; raises whatever goes wrong."""
+        cpp_extension, torch_version = import_torch()
+        check_toolchain(cpp_extension.get_cxx_compiler())
+        self.distribution.ext_modules = [
+            cpp_extension.CppExtension(
+                NAME, SOURCES, extra_compile_args=COMPILE_FLAGS, extra_link_args=LINK_FLAGS
+            )
+        ]
+        builder = cpp_extension.BuildExtension(self.distribution)
+        builder.build_lib = self.build_lib
+        builder.inplace = self.inplace
+        builder.editable_mode = self.editable_mode
+        # Objects and libraries of an earlier build may be of another torch, which file times do not tell.
+        builder.build_temp = str(Path(self.build_temp, f"torch-{torch_version}"))
+        builder.force = True
+        builder.ensure_finalized()
+        builder.run()
+
+    def remove_earlier_libraries(self):
+        """Take an earlier build's library away, lest it is packaged or imported as if it were new."""
+        file_name = self.get_ext_filename(NAME)
+        Path(self.build_lib, file_name).unlink(missing_ok=True)
+        if self.editable_mode:
+            Path(file_name).unlink(missing_ok=True)
+
+
+def import_torch():
+    """torch.utils.cpp_extension and torch's version, from the environment that this package goes into.
+
+    pip builds in an isolated environment that has only what pyproject.toml asks for. torch is not in that
+    list, as pip would download gigabytes of it again for each build; the interpreter's own site-packages,
+    which isolation hides, go to the end of the path instead.
+    """
+    paths = sysconfig.get_paths()
+    for key in ("purelib", "platlib"):
+        if paths[key] not in sys.path:
+            sys.path.append(paths[key])
+    import torch
+    from torch.utils import cpp_extension
+
+    return cpp_extension, torch.__version__
+
+
+def check_toolchain(compiler_command):
+    """Raise FileNotFoundError if the compiler or Python's headers are missing (the usual causes)."""
+    compiler = shlex.split(compiler_command)[0]
+    if shutil.which(compiler) is None:
+        raise FileNotFoundError(f"there is no C++ compiler ({compiler} not found)")
+    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        raise FileNotFoundError("Python.h not found (on Debian and Ubuntu it is in python3-dev)")
+
+
+def report_pure_python(reason):
+    """Say that the package is built without the extension, why, and what to do about it."""
+    print(
+        "torch_rpa: building WITHOUT the native extension; the package works in pure Python, slower on CPU\n"
+        f"  reason: {reason}\n"
+        "  to build it: install torch, a C++17 compiler and Python's headers, then\n"
+        "    `pip install --no-build-isolation .`\n"
+        "  (TORCH_RPA_REQUIRE_NATIVE=1 makes this an error)",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+setup(ext_modules=[Extension(NAME, SOURCES)], cmdclass={"build_ext": OptionalBuildExt})

@@ -1,0 +1,75 @@
+"""The native extension `torch_rpa._C`: the only file that knows of it.
+
+The extension is optional. Callers ask `is_available()` and take the Python path when it says no; it warns
+once in a process if the extension was not built or cannot be loaded. TORCH_RPA_NATIVE=0 turns the extension
+off, read at each call, so that the Python path can give a second opinion.
+"""
+
+import importlib
+import os
+import threading
+import warnings
+
+import torch
+
+__all__ = ["is_available", "write_kv_pages_"]
+
+_lock = threading.Lock()
+_loaded: bool | None = None  # None until the first use in this process
+
+
+def is_available() -> bool:
+    """True if the native operators can be called now. The first call loads them, or warns that it cannot."""
+    if os.environ.get("TORCH_RPA_NATIVE") == "0":
+        return False
+    global _loaded
+    if _loaded is None:
+        with _lock:
+            if _loaded is None:
+                _loaded = _load()
+    return _loaded
+
+
+def write_kv_pages_(
+    kv_pages: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slots: torch.Tensor,
+    k_scale: float,
+    v_scale: float,
+) -> None:
+    """Write row i of `k` and `v` to slot `slots[i]` of `kv_pages`, in place. Call only if `is_available()`.
+
+    All tensors are on the CPU. Values are divided by their scale in float32 and rounded to nearest even; int8
+    and fp8 pages take values clamped to their finite range (NaN stays NaN in fp8, and is 0 in int8).
+
+    Args:
+        kv_pages: contiguous [num_pages, page_size, 2 * num_kv_heads, head_dim], heads interleaved K0 V0 ...,
+            or flat [num_pages, page_size, 2 * num_kv_heads * head_dim]; k's dtype, float8_e4m3fn, float8_e5m2
+            or int8.
+        k, v: [num_tokens, num_kv_heads, head_dim]; float32, bfloat16 or float16; any strides.
+        slots: int64 [num_tokens], each `page * page_size + position`, without duplicates. Rows with a
+            negative slot are skipped and may hold anything.
+        k_scale, v_scale: divisors. With 1.0 and pages of k's dtype, bytes are copied as they are.
+
+    Raises:
+        TypeError, ValueError: a dtype or a shape is not as above.
+        IndexError: a slot is past the last one.
+        In each case nothing has been written.
+    """
+    torch.ops.rpa_native.write_kv_pages_(kv_pages, k, v, slots, k_scale, v_scale)
+
+
+def _load() -> bool:
+    """Import the extension, which registers its operators; warn and return False if that is not possible."""
+    try:
+        importlib.import_module("torch_rpa._C")
+    except ImportError as error:  # not built, or built for another torch (undefined symbols)
+        warnings.warn(
+            "torch_rpa runs in pure Python, which is slower on CPU: its native extension cannot be used "
+            f"({error}). To build it, install a C++ compiler and Python's headers, and run `pip install "
+            "--no-build-isolation .` in torch_rpa's source tree. TORCH_RPA_NATIVE=0 silences this.",
+            stacklevel=3,
+        )
+        return False
+    return True
