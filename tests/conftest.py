@@ -1,0 +1,36 @@
+"""Test-wide settings: the PJRT device, fast compiles, and the devices that a test runs on.
+
+Without a TPU the XLA device is PJRT CPU; ``PJRT_DEVICE=TPU pytest`` runs the same tests on a TPU VM.
+"""
+
+import os
+
+os.environ.setdefault("PJRT_DEVICE", "CPU")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if os.environ["PJRT_DEVICE"] == "CPU":
+    # Compiles about 8 times faster; the tests' arrays are small.
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+import pytest
+import torch
+
+
+@pytest.fixture(params=["cpu", "xla"])
+def device(request) -> torch.device:
+    """Each device that the ops run on."""
+    return request.getfixturevalue("xla") if request.param == "xla" else torch.device("cpu")
+
+
+@pytest.fixture
+def xla() -> torch.device:
+    """The XLA device: PJRT CPU, or a TPU where there is one."""
+    import torch_xla  # noqa: F401  registers the device
+
+    return torch.device("xla")
+
+
+@pytest.fixture
+def no_grad():
+    """Run the test as users run the ops: without grad mode."""
+    with torch.no_grad():
+        yield

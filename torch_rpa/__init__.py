@@ -1,0 +1,16 @@
+"""Ragged paged attention for PyTorch on TPU.
+
+Importing this package registers ``torch.ops.rpa.*``. It imports neither JAX nor torch_xla nor transformers: the first
+call on an XLA tensor does, and ``torch_rpa.hf``. Without torch only ``torch_rpa.kernels``, the pure JAX entry, is there.
+"""
+
+from importlib.util import find_spec
+
+__version__ = "0.1.0"
+__all__ = []
+
+if find_spec("torch") is not None:
+    from torch_rpa.ops import check_batch
+    from torch_rpa.pages import empty_kv_pages
+
+    __all__ += ["check_batch", "empty_kv_pages"]

@@ -1,0 +1,139 @@
+"""From XLA tensors to JAX: the only module that imports torch_xla, and the seam for another bridge beside it.
+
+torch_xla's call_jax lowers a JAX function, hands the HLO to PyTorch/XLA as a computation, and adds a call of it to the
+lazy graph. The same three steps are taken here, but the first two once for each static configuration (shapes, dtypes,
+options), after which a call is a look-up and the third step. call_jax repeats its look-ups, its pytree work and its
+environment writes in every call, keeps every function for ever, and is not thread-safe.
+
+Lowering names its platform and starts no JAX client, so that a TPU stays with PyTorch/XLA.
+"""
+
+import os
+import threading
+from functools import lru_cache
+from unittest import mock
+
+import torch
+import torch_xla
+import torch_xla.core.xla_builder as xb
+import torch_xla.runtime as xr
+from torch_xla._internal.jax_workarounds import jax_import_guard
+
+from torch_rpa.options import AttentionOptions
+from torch_rpa.validation import ArgSpec, check_static
+
+_PLATFORMS = {"CPU": "cpu", "TPU": "tpu"}
+_KERNEL_CHOICES = ("auto", "xla", "interpret")
+# A served model has a handful of configurations: one for each token bucket and kind of layer.
+_MAX_COMPUTATIONS = 256
+_LOCK = threading.Lock()
+
+
+def call(op: str, args: dict[str, torch.Tensor], options: dict) -> list[torch.Tensor]:
+    """Add one call of ``torch_rpa.kernels``' function ``op`` to the lazy graph.
+
+    Args:
+        op: name of the function.
+        args: its XLA tensors by argument name.
+        options: fields of ``AttentionOptions`` by name; the default for those left out.
+
+    Returns:
+        The function's results, as lazy XLA tensors.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: from the static checks, the first time a configuration is seen.
+    """
+    tensors = list(args.values())
+    specs = tuple([(name, t.shape, t.dtype, t.device) for name, t in args.items()])
+    kernel = os.environ.get("TORCH_RPA_XLA_KERNEL", "auto")
+    with _LOCK:  # one thread lowers a configuration, the others wait for it
+        computation = _computation(op, specs, tuple(options.items()), kernel)
+    return torch_xla._XLAC._xla_user_computation(f"xla::rpa_{op}", tensors, computation)
+
+
+def device_kind() -> str:
+    """What stands behind the XLA device, as JAX names it: "cpu" or "tpu".
+
+    Raises:
+        NotImplementedError: on any other device of PyTorch/XLA.
+    """
+    device_type = xr.device_type()
+    if device_type not in _PLATFORMS:
+        raise NotImplementedError(
+            f"torch_rpa runs on the XLA devices {' and '.join(_PLATFORMS)}, not on {device_type}; set PJRT_DEVICE"
+        )
+    return _PLATFORMS[device_type]
+
+
+def zeros_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros with a buffer of their own on the device.
+
+    ``torch.zeros`` alone is a constant of the lazy graph, and the first step on it another program than all later ones.
+    """
+    zeros = torch.zeros(shape, dtype=dtype, device=device)
+    torch_xla._XLAC._xla_sync_multi([zeros], devices=[], wait=False, sync_xla_data=True)
+    return zeros
+
+
+@lru_cache(maxsize=_MAX_COMPUTATIONS)
+def _computation(op, specs, options, kernel):
+    """The lowered computation of one static configuration; checks it first."""
+    platform = device_kind()
+    options = AttentionOptions(**dict(options))
+    check_static(_arg_specs(specs, platform), options)
+    if kernel not in _KERNEL_CHOICES:
+        raise ValueError(f"TORCH_RPA_XLA_KERNEL must be one of {', '.join(_KERNEL_CHOICES)}, got {kernel!r}")
+    return _lower(op, specs, options, platform, interpret=kernel == "interpret")
+
+
+def _arg_specs(specs, platform):
+    """Specs for the static checks, with the device as what stands behind it: "tpu:0" for "xla:0" on a TPU."""
+    return {
+        name: ArgSpec(tuple(shape), _dtype_name(dtype), str(device).replace("xla", platform))
+        for name, shape, dtype, device in specs
+    }
+
+
+def _dtype_name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def _lower(op, specs, options, platform, interpret):
+    jax_import_guard()
+    import jax
+    import jax.numpy as jnp
+
+    from torch_rpa import kernels
+
+    names = [name for name, *_ in specs]
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.dtype(_dtype_name(dtype))) for _, shape, dtype, _ in specs]
+    kernel = getattr(kernels, op)
+
+    def function(*arrays):
+        return kernel(**dict(zip(names, arrays, strict=True)), **vars(options), interpret=interpret)
+
+    return xb.computation_from_module_proto(f"rpa_{op}", lower_to_hlo(function, shapes, platform))
+
+
+def lower_to_hlo(function, shapes, platform: str) -> bytes:
+    """The serialized HLO of a JAX function for ``platform``, without starting a JAX client.
+
+    A Pallas kernel for TPU goes through ``jax.export``, whose Mosaic is of the version that the pinned libtpu reads (7;
+    plain lowering in jax 0.7.1 emits 8). On a TPU VM jax would choose by the version of a TPU client that it starts
+    itself, so for the time of the lowering it is told that this is no such machine.
+
+    Args:
+        function: a JAX function of positional arrays.
+        shapes: their ``jax.ShapeDtypeStruct``s.
+        platform: "cpu" or "tpu".
+    """
+    import jax
+    from jax import export
+    from jax._src import cloud_tpu_init
+
+    jitted = jax.jit(function, keep_unused=True)
+    with mock.patch.object(cloud_tpu_init, "running_in_cloud_tpu_vm", False):
+        if platform == "tpu":
+            jitted = jax.jit(export.export(jitted, platforms=[platform])(*shapes).call, keep_unused=True)
+        lowered = jitted.trace(*shapes).lower(lowering_platforms=(platform,))
+    return lowered.compiler_ir("hlo").as_serialized_hlo_module_proto()

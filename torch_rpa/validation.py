@@ -1,0 +1,248 @@
+"""Checks of the arguments: what a caller got wrong, and what a device cannot do.
+
+The static checks read shapes, dtypes and devices only, given as plain ``ArgSpec`` values, so that torch tensors, fake
+tensors and JAX arrays share them; this module imports neither torch nor JAX. Errors follow one rule:
+
+    ValueError            the caller's mistake (TypeError where it is a dtype): names the argument, what it was and what
+                          was expected
+    NotImplementedError   valid, but not on this device: lists every reason at once
+"""
+
+from typing import NamedTuple
+
+from torch_rpa.options import AttentionOptions
+
+FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZED_DTYPES = ("float8_e4m3fn", "float8_e5m2", "int8")
+PAGE_SIZES = (8, 16, 32, 64, 128, 256)
+MAX_HEAD_DIM = 256
+TPU_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
+
+
+class ArgSpec(NamedTuple):
+    """What the static checks need of one tensor: its shape, dtype name ("float32") and device name ("cpu")."""
+
+    shape: tuple
+    dtype: str
+    device: str
+
+
+class PageShape(NamedTuple):
+    """The sizes of a page array, whichever of the two forms it has."""
+
+    num_pages: int
+    page_size: int
+    num_kv_heads: int
+
+
+# Argument -> shape as the contract names it. kv_pages is looked at apart: it has two forms.
+_SHAPES = {
+    "q": "[num_tokens, num_q_heads, head_dim]",
+    "k": "[num_tokens, num_kv_heads, head_dim]",
+    "v": "[num_tokens, num_kv_heads, head_dim]",
+    "kv_lens": "[max_num_seqs]",
+    "page_indices": "[max_num_seqs, pages_per_seq]",
+    "cu_q_lens": "[max_num_seqs + 1]",
+    "num_seqs": "[1]",
+    "sinks": "[num_q_heads]",
+}
+_METADATA = ("kv_lens", "page_indices", "cu_q_lens", "num_seqs")
+_PAGE_FORMS = (
+    "[num_pages, page_size, 2 * num_kv_heads, head_dim] with heads interleaved K0 V0 K1 V1 ..., "
+    "or flat [num_pages, page_size, 2 * num_kv_heads * head_dim]"
+)
+
+
+def check_static(args: dict[str, ArgSpec], options: AttentionOptions) -> None:
+    """Check ranks, dtypes, shapes, devices and options of one call.
+
+    Args:
+        args: the tensors by argument name; ``k`` and ``v`` only for the update ops, ``sinks`` only where given.
+        options: the rest of the call.
+
+    Raises:
+        ValueError, TypeError: the caller's mistake, the first one found.
+        NotImplementedError: with every reason why the device cannot do it.
+    """
+    _check_ranks(args)
+    _check_dtypes(args)
+    _check_devices(args)
+    _check_metadata_shapes(args)
+    _check_heads(args)
+    options.check()
+    _check_scales(args, options)
+    reasons = not_supported_reasons(args)
+    if reasons:
+        raise NotImplementedError("torch_rpa cannot run this call: " + "; ".join(reasons))
+
+
+def page_shape(kv_pages_shape, head_dim) -> PageShape:
+    """Sizes of pages of either form: heads [num_pages, page_size, 2 * num_kv_heads, head_dim], or flat."""
+    num_pages, page_size, width = kv_pages_shape[0], kv_pages_shape[1], kv_pages_shape[2]
+    return PageShape(num_pages, page_size, width // 2 if len(kv_pages_shape) == 4 else width // (2 * head_dim))
+
+
+def _check_ranks(args):
+    for name, spec in args.items():
+        if name == "kv_pages":
+            if len(spec.shape) not in (3, 4):
+                raise ValueError(f"kv_pages must be {_PAGE_FORMS}; got shape {list(spec.shape)}")
+            continue
+        rank = _SHAPES[name].count(",") + 1
+        if len(spec.shape) != rank:
+            hint = "; flatten the batch into one row per token" if name in "qkv" else ""
+            raise ValueError(f"{name} must be {_SHAPES[name]}, got shape {list(spec.shape)}{hint}")
+
+
+def _check_dtypes(args):
+    q_dtype = args["q"].dtype
+    if q_dtype not in FLOAT_DTYPES:
+        raise TypeError(f"q must be one of {', '.join(FLOAT_DTYPES)}, got {q_dtype}")
+    for name in ("k", "v"):
+        if name in args and args[name].dtype != q_dtype:
+            raise TypeError(f"{name} must have q's dtype {q_dtype}, got {args[name].dtype}")
+    if args["kv_pages"].dtype not in (q_dtype, *QUANTIZED_DTYPES):
+        raise TypeError(
+            f"kv_pages must have q's dtype {q_dtype} or one of {', '.join(QUANTIZED_DTYPES)}, "
+            f"got {args['kv_pages'].dtype}"
+        )
+    for name in _METADATA:
+        if args[name].dtype != "int32":
+            fix = f"; write {name}.to(torch.int32)" if args[name].dtype.startswith(("int", "uint")) else ""
+            raise TypeError(f"{name} must be int32, got {args[name].dtype}{fix}")
+    if "sinks" in args and args["sinks"].dtype not in ("float32", q_dtype):
+        raise TypeError(f"sinks must be float32 or q's dtype {q_dtype}, got {args['sinks'].dtype}")
+
+
+def _check_devices(args):
+    device = args["q"].device
+    for name, spec in args.items():
+        if spec.device != device:
+            raise ValueError(f"{name} must be on q's device {device}, got {spec.device}; all tensors go together")
+
+
+def _check_metadata_shapes(args):
+    max_num_seqs = args["page_indices"].shape[0]
+    for name, length, meaning in (
+        ("kv_lens", max_num_seqs, "max_num_seqs"),
+        ("cu_q_lens", max_num_seqs + 1, "max_num_seqs + 1"),
+        ("num_seqs", 1, "a tensor of one element"),
+    ):
+        if args[name].shape[0] != length:
+            raise ValueError(
+                f"{name} must be {_SHAPES[name]} with {meaning} = {length} "
+                f"(page_indices is {list(args['page_indices'].shape)}), got shape {list(args[name].shape)}"
+            )
+
+
+def _check_heads(args):
+    num_tokens, num_q_heads, head_dim = args["q"].shape
+    if num_q_heads == 0 or head_dim == 0:
+        raise ValueError(f"q must be {_SHAPES['q']} with heads and a head_dim, got shape {list(args['q'].shape)}")
+    if head_dim % 8 or head_dim > MAX_HEAD_DIM:
+        raise ValueError(f"head_dim must be a multiple of 8 up to {MAX_HEAD_DIM}, got {head_dim} (q's last dimension)")
+    _check_pages(args["kv_pages"].shape, head_dim)
+    num_kv_heads = page_shape(args["kv_pages"].shape, head_dim).num_kv_heads
+    for name in ("k", "v"):
+        if name in args and tuple(args[name].shape) != (num_tokens, num_kv_heads, head_dim):
+            raise ValueError(
+                f"{name} must be {_SHAPES[name]} = [{num_tokens}, {num_kv_heads}, {head_dim}] to go with q "
+                f"{list(args['q'].shape)} and kv_pages {list(args['kv_pages'].shape)}, "
+                f"got shape {list(args[name].shape)}"
+            )
+    if num_q_heads % num_kv_heads:
+        raise ValueError(
+            f"num_q_heads must be a multiple of num_kv_heads, got {num_q_heads=} and {num_kv_heads=}; "
+            f"q must be {_SHAPES['q']} (never transposed), got shape {list(args['q'].shape)}"
+        )
+    if "sinks" in args and args["sinks"].shape[0] != num_q_heads:
+        raise ValueError(f"sinks must be [num_q_heads] = [{num_q_heads}], got shape {list(args['sinks'].shape)}")
+
+
+def _check_pages(shape, head_dim):
+    got = f"kv_pages must be {_PAGE_FORMS}; got shape {list(shape)}"
+    if shape[0] == 0:
+        raise ValueError(f"{got}, which has no page")
+    if not any(shape[1] == size for size in PAGE_SIZES):
+        raise ValueError(f"{got}, whose page_size {shape[1]} is not a power of two from 8 to 256")
+    if len(shape) == 3:
+        if shape[2] == 0 or shape[2] % (2 * head_dim):
+            raise ValueError(f"{got}, whose width {shape[2]} is not a multiple of 2 * head_dim = {2 * head_dim}")
+        return
+    if shape[3] != head_dim:
+        raise ValueError(f"{got}, whose head_dim {shape[3]} is not q's {head_dim}")
+    if shape[2] == 0 or shape[2] % 2:
+        raise ValueError(f"{got}, whose third dimension {shape[2]} is not 2 * num_kv_heads")
+
+
+def _check_scales(args, options):
+    if args["kv_pages"].dtype != "int8":
+        return
+    for name in ("k_scale", "v_scale"):
+        if getattr(options, name) is None:
+            raise ValueError(f"{name} must be given for int8 kv_pages, got None; a stored key is int8 * k_scale")
+
+
+def not_supported_reasons(args: dict[str, ArgSpec]) -> list[str]:
+    """Every reason why q's device cannot do a valid call, each with what would work; empty where it can."""
+    kind = args["q"].device.split(":")[0]
+    dtype, head_dim = args["q"].dtype, args["q"].shape[2]
+    reasons = []
+    if dtype == "float16" and kind not in ("cpu", "meta"):
+        reasons.append(f"float16 runs on CPU tensors only, not on {kind}; use bfloat16")
+    if kind == "tpu" and head_dim not in TPU_HEAD_DIMS:
+        reasons.append(f"head_dim on TPU is one of {', '.join(map(str, TPU_HEAD_DIMS))}, got {head_dim}; pad the heads")
+    return reasons
+
+
+def check_metadata(
+    kv_lens: list[int],
+    page_indices: list[list[int]],
+    cu_q_lens: list[int],
+    num_seqs: int,
+    *,
+    num_tokens: int,
+    num_pages: int,
+    page_size: int,
+    sliding_window: int | None = None,
+) -> None:
+    """Check the values of a batch's metadata; see ``torch_rpa.check_batch``. Raises ValueError for the first mistake."""
+    max_num_seqs = len(kv_lens)
+    if not 0 <= num_seqs <= max_num_seqs:
+        raise ValueError(f"num_seqs must be from 0 to max_num_seqs = {max_num_seqs}, got {num_seqs}")
+    if num_seqs and cu_q_lens[0] != 0:
+        raise ValueError(f"cu_q_lens must start with 0, got {cu_q_lens[0]}")
+    for s in range(num_seqs):
+        q_len = cu_q_lens[s + 1] - cu_q_lens[s]
+        if q_len < 0:
+            raise ValueError(
+                f"cu_q_lens must not fall, got {cu_q_lens[s]} then {cu_q_lens[s + 1]} at sequence {s} of {num_seqs}"
+            )
+        if cu_q_lens[s + 1] > num_tokens:
+            raise ValueError(
+                f"cu_q_lens[{s + 1}] must be at most num_tokens = {num_tokens} (q's rows), got {cu_q_lens[s + 1]}"
+            )
+        if kv_lens[s] < q_len:
+            raise ValueError(
+                f"kv_lens[{s}] must be at least the sequence's q_len = {q_len} (it counts this step's tokens too), "
+                f"got {kv_lens[s]}"
+            )
+        _check_page_row(s, q_len, kv_lens[s], page_indices[s], num_pages, page_size, sliding_window)
+
+
+def _check_page_row(s, q_len, kv_len, row, num_pages, page_size, sliding_window):
+    used = -(-kv_len // page_size)
+    if used > len(row):
+        raise ValueError(
+            f"kv_lens[{s}] = {kv_len} needs {used} pages of {page_size} tokens, "
+            f"but page_indices has room for pages_per_seq = {len(row)}"
+        )
+    # Pages before the window of the sequence's first row hold nothing that is read: they may have been freed.
+    first_key = 0 if sliding_window is None else max(0, kv_len - q_len - sliding_window + 1)
+    first = first_key // page_size if q_len else used
+    for i in range(first, used):
+        if not 0 <= row[i] < num_pages:
+            raise ValueError(
+                f"page_indices[{s}, {i}] must be from 0 to num_pages - 1 = {num_pages - 1}, got {row[i]} "
+                f"(sequence {s} has kv_len {kv_len} and needs {used} pages)"
+            )
