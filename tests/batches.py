@@ -186,5 +186,13 @@ def assert_matches_oracle(batch: Batch, out, lse=None, *, update=False, **option
         assert_close(lse.cpu(), expected_lse, torch.float32)
 
 
+def finish_step(device: torch.device) -> None:
+    """End a step as a serving loop does: on XLA, run all that is pending, the update of the pages included."""
+    if device.type == "xla":
+        import torch_xla
+
+        torch_xla.sync()
+
+
 def bytes_of(x: torch.Tensor) -> torch.Tensor:
     return x.cpu().contiguous().view(torch.uint8)

@@ -5,12 +5,12 @@ lazy graph. The same three steps are taken here, but the first two once for each
 options), after which a call is a look-up and the third step. call_jax repeats its look-ups, its pytree work and its
 environment writes in every call, keeps every function for ever, and is not thread-safe.
 
-Lowering names its platform and starts no JAX client, so that a TPU stays with PyTorch/XLA.
+Lowering names its platform and starts no JAX backend, so that a TPU stays with PyTorch/XLA.
 """
 
 import os
 import threading
-from functools import lru_cache
+from functools import cache, lru_cache
 from unittest import mock
 
 import torch
@@ -26,6 +26,8 @@ _PLATFORMS = {"CPU": "cpu", "TPU": "tpu"}
 _KERNEL_CHOICES = ("auto", "xla", "interpret")
 # A served model has a handful of configurations: one for each token bucket and kind of layer.
 _MAX_COMPUTATIONS = 256
+# The newest Mosaic that the pinned libtpu reads; jax 0.7.1 emits 8 by itself, which is refused.
+_MOSAIC_VERSION = 7
 _LOCK = threading.Lock()
 
 
@@ -116,11 +118,11 @@ def _lower(op, specs, options, platform, interpret):
 
 
 def lower_to_hlo(function, shapes, platform: str) -> bytes:
-    """The serialized HLO of a JAX function for ``platform``, without starting a JAX client.
+    """The serialized HLO of a JAX function for ``platform``.
 
-    A Pallas kernel for TPU goes through ``jax.export``, whose Mosaic is of the version that the pinned libtpu reads (7;
-    plain lowering in jax 0.7.1 emits 8). On a TPU VM jax would choose by the version of a TPU client that it starts
-    itself, so for the time of the lowering it is told that this is no such machine.
+    Left alone, jax would start its backends for a default device, and on a TPU VM a TPU client to choose Mosaic's
+    version by. So it gets a device of a CPU client of our own, is told that this is no TPU VM, and the version is set
+    here. (``jax.export`` chooses the same version in jax 0.7.1, but starts the backends too.)
 
     Args:
         function: a JAX function of positional arrays.
@@ -128,12 +130,20 @@ def lower_to_hlo(function, shapes, platform: str) -> bytes:
         platform: "cpu" or "tpu".
     """
     import jax
-    from jax import export
-    from jax._src import cloud_tpu_init
+    from jax._src import cloud_tpu_init, tpu_custom_call
 
     jitted = jax.jit(function, keep_unused=True)
-    with mock.patch.object(cloud_tpu_init, "running_in_cloud_tpu_vm", False):
-        if platform == "tpu":
-            jitted = jax.jit(export.export(jitted, platforms=[platform])(*shapes).call, keep_unused=True)
+    with (
+        jax.default_device(_lowering_device()),
+        mock.patch.object(cloud_tpu_init, "running_in_cloud_tpu_vm", False),
+        mock.patch.object(tpu_custom_call, "get_ir_version", lambda context: _MOSAIC_VERSION),
+    ):
         lowered = jitted.trace(*shapes).lower(lowering_platforms=(platform,))
-    return lowered.compiler_ir("hlo").as_serialized_hlo_module_proto()
+        return lowered.compiler_ir("hlo").as_serialized_hlo_module_proto()
+
+
+@cache
+def _lowering_device():
+    from jaxlib import xla_client
+
+    return xla_client.make_cpu_client().local_devices()[0]

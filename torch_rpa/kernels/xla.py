@@ -25,7 +25,6 @@ from torch_rpa.validation import page_shape
 _KEYS_PER_BLOCK = 128
 # Rows of the matrix that a prefill tile gives one KV head: query rows times query heads per KV head.
 _ROWS_PER_MATRIX = 128
-_FINITE_RANGE = {"float8_e4m3fn": (-448.0, 448.0), "float8_e5m2": (-57344.0, 57344.0), "int8": (-128.0, 127.0)}
 
 
 class Sequences(NamedTuple):
@@ -216,7 +215,18 @@ def _quantize(x, dtype, scale):
     """``x / scale`` as ``dtype``: rounded to nearest even, clamped to the finite range; plain casts wrap or give NaN."""
     if scale is not None:
         x = x.astype(jnp.float32) / scale
-    if dtype.name not in _FINITE_RANGE:
-        return x.astype(dtype)
-    x = jnp.clip(x.astype(jnp.float32), *_FINITE_RANGE[dtype.name])
-    return jnp.nan_to_num(jnp.round(x)).astype(dtype) if dtype == jnp.int8 else x.astype(dtype)
+    if dtype == jnp.int8:
+        return jnp.nan_to_num(jnp.clip(jnp.round(x.astype(jnp.float32)), -128, 127)).astype(dtype)
+    return _round_to_fp8(x, dtype) if dtype.itemsize == 1 else x.astype(dtype)
+
+
+def _round_to_fp8(x, dtype):
+    """x as fp8, rounded once: XLA's CPU compiler casts through float16, which rounds twice and so may round wrong."""
+    limits = jnp.finfo(dtype)
+    largest = float(limits.max)
+    x = jnp.clip(x.astype(jnp.float32), -largest, largest)
+    exponent = (lax.bitcast_convert_type(x, jnp.int32) >> 23 & 0xFF) - 127
+    # The step between neighbours in fp8, a power of two; below the smallest normal number it stays the same.
+    step = jnp.maximum(exponent, limits.minexp) - limits.nmant
+    step = lax.bitcast_convert_type(step + 127 << 23, jnp.float32)
+    return (jnp.round(x / step) * step).astype(dtype)

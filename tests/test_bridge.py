@@ -1,0 +1,241 @@
+"""The way from XLA tensors to JAX: compiled once, updated in place, thread-safe, bounded, without a JAX client."""
+
+import base64
+import re
+import threading
+from contextlib import contextmanager
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+from batches import assert_matches_oracle, bytes_of, forget_new_tokens, make_batch
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+UPDATE_ = torch.ops.rpa.ragged_paged_attention_update_
+
+
+def buffer_of(x):
+    import torch_xla
+
+    torch_xla.sync(wait=True)
+    return torch_xla._XLAC._unsafe_buffer_pointer(x)
+
+
+def compilations():
+    import torch_xla.debug.metrics as metrics
+
+    return metrics.counter_value("UncachedCompile") or 0
+
+
+def random_batch(seed, dtype=torch.float32):
+    """A batch of 1 to 6 sequences with random lengths, all of one shape: 64 rows, 6 sequences, 40 pages."""
+    rng = torch.Generator().manual_seed(seed)
+    seqs, rows = [], 0
+    for _ in range(int(torch.randint(1, 7, (), generator=rng))):
+        q_len = int(torch.randint(0, 12, (), generator=rng))
+        seqs.append((q_len, q_len + int(torch.randint(0, 70, (), generator=rng))))
+        rows += q_len
+    pages = sum(-(-kv // 16) for _, kv in seqs)
+    batch = make_batch(
+        seqs, dtype=dtype, spare_rows=64 - rows, spare_seqs=6 - len(seqs), spare_pages=40 - pages, seed=seed
+    )
+    table = torch.full((6, 8), -1, dtype=torch.int32)
+    table[:, : batch.page_indices.shape[1]] = batch.page_indices
+    return replace(batch, page_indices=table)
+
+
+def test_fifty_random_batches_of_one_shape_compile_once(xla):
+    def step(batch):
+        out = batch.update(UPDATE_, sm_scale=0.125)
+        buffer_of(batch.kv_pages)  # one program for each step
+        return out.cpu()
+
+    step(random_batch(0).to(xla))
+    before = compilations()
+    for seed in range(1, 51):
+        batch = forget_new_tokens(random_batch(seed))
+        assert_matches_oracle(batch, step(batch.to(xla)), update=True, sm_scale=0.125)
+    assert compilations() == before
+
+
+def test_another_shape_or_option_compiles_again(xla):
+    """The counter counts: without this the test above could pass for ever."""
+    batch = random_batch(0).to(xla)
+    batch.update(UPDATE_, sm_scale=0.25)
+    buffer_of(batch.kv_pages)
+    before = compilations()
+    batch.update(UPDATE_, sm_scale=0.26)
+    buffer_of(batch.kv_pages)
+    assert compilations() == before + 1
+
+
+@pytest.mark.parametrize("form", ["heads", "flat"])
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8], ids=str)
+def test_lazy_mode_updates_the_same_buffer(kv_dtype, form, xla):
+    batch = forget_new_tokens(make_batch(kv_dtype=kv_dtype, form=form))
+    on_xla = batch.to(xla)
+    before = buffer_of(on_xla.kv_pages)
+    for _ in range(3):
+        on_xla.update(UPDATE_)
+        assert buffer_of(on_xla.kv_pages) == before
+    assert torch.equal(bytes_of(on_xla.kv_pages), bytes_of(batch.expected(update=True)[2]))
+
+
+def test_compiled_mode_updates_the_same_buffer(xla):
+    torch._dynamo.reset()
+    batch = forget_new_tokens(make_batch())
+    on_xla = batch.to(xla)
+
+    @torch.compile(backend="openxla")
+    def step(q, k, v, kv_pages, *metadata):
+        return UPDATE_(q * 2.0, k, v, kv_pages, *metadata, sm_scale=0.5)
+
+    before = buffer_of(on_xla.kv_pages)
+    for _ in range(3):
+        out = step(on_xla.q, on_xla.k, on_xla.v, on_xla.kv_pages, *on_xla.metadata)
+        assert buffer_of(on_xla.kv_pages) == before
+    assert_matches_oracle(batch, out, update=True)
+    assert torch.equal(bytes_of(on_xla.kv_pages), bytes_of(batch.expected(update=True)[2]))
+
+
+def test_empty_kv_pages_have_a_buffer_from_the_start(xla):
+    """A lazy constant instead would make the first step another program than the second."""
+    import torch_xla
+
+    import torch_rpa
+
+    pages = torch_rpa.empty_kv_pages(8, 16, 2, 64, dtype=torch.float32, device=xla)
+    assert torch_xla._XLAC._unsafe_buffer_pointer(pages)
+
+
+def test_many_threads_may_call_at_once(xla):
+    batches = [random_batch(seed) for seed in range(8)]
+    on_xla = [batch.to(xla) for batch in batches]
+    results, errors = {}, []
+
+    def work(i):
+        try:
+            for repeat in range(15):  # new configurations as well as known ones
+                results[i] = on_xla[i].read(sm_scale=0.5 + (i + repeat) % 3 / 64)[0]
+            results[i] = on_xla[i].read(sm_scale=0.5)[0]
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(batches))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    for i, batch in enumerate(batches):
+        expected = batch.to(xla).read(sm_scale=0.5)[0].cpu()
+        assert torch.equal(results[i].cpu(), expected)
+
+
+def test_the_cache_of_computations_is_bounded(xla):
+    from torch_rpa import bridge
+
+    batch = make_batch().to(xla)
+    for i in range(3):
+        batch.read(sm_scale=1.0 + i / 8)
+    info = bridge._computation.cache_info()
+    assert info.maxsize == 256
+    assert 3 <= info.currsize <= info.maxsize
+    before = info.misses
+    batch.read(sm_scale=1.125)
+    assert bridge._computation.cache_info().misses == before
+
+
+def test_options_that_compare_equal_but_differ_in_kind_do_not_collide(xla):
+    """1, True and 1.0 are one dictionary key."""
+    batch = make_batch()
+    for options in ({"sliding_window": 1}, {"soft_cap": 1.0}, {"causal": True}, {"k_scale": 1.0}):
+        out, lse = batch.to(xla).read(**options)
+        assert_matches_oracle(batch, out, lse, **options)
+
+
+def test_an_unknown_kernel_choice_is_refused(xla, monkeypatch):
+    monkeypatch.setenv("TORCH_RPA_XLA_KERNEL", "fast")
+    with pytest.raises(ValueError, match="TORCH_RPA_XLA_KERNEL must be one of auto, xla, interpret, got 'fast'"):
+        make_batch().to(xla).read()
+
+
+def test_the_interpreter_is_refused_until_the_pallas_kernel_exists(xla, monkeypatch):
+    monkeypatch.setenv("TORCH_RPA_XLA_KERNEL", "interpret")
+    with pytest.raises(NotImplementedError, match="the Pallas kernel, which does not exist yet"):
+        make_batch().to(xla).read()
+
+
+# A TPU client's version as Cloud TPU prints it: the last line holds the build time in brackets.
+VERSIONS = {
+    "pinned_libtpu": "PJRT C API\nTFRT TPU v6 lite\nBuilt on Aug 15 2025 09:00:00 (1755248400) cl/795000000",
+    "older_libtpu": "PJRT C API\nTFRT TPU v6 lite\nBuilt on May 1 2025 09:00:00 (1746090000) cl/750000000",
+    "no_build_time": "interpreter",
+}
+
+
+@contextmanager
+def tpu_vm(version=None):
+    """A TPU VM whose TPU client, once jax starts it, has this version; None makes starting one an error."""
+    from jax._src import cloud_tpu_init, xla_bridge
+
+    def no_backends():
+        raise AssertionError("JAX's backends were started")
+
+    def get_backend(client=None):
+        return client or (no_backends() if version is None else mock.Mock(platform_version=version))
+
+    with (
+        mock.patch.object(cloud_tpu_init, "running_in_cloud_tpu_vm", True),
+        mock.patch.object(xla_bridge, "backends", no_backends),
+        mock.patch.object(xla_bridge, "get_backend", get_backend),
+    ):
+        yield
+
+
+def mosaic_version(hlo):
+    """The version of the one Mosaic module in a serialized HLO module."""
+    from jax._src.lib.mlir import ir
+
+    (body,) = re.findall(rb'"body": ?"([A-Za-z0-9+/=]+)"', hlo)
+    with ir.Context() as context:
+        context.allow_unregistered_dialects = True
+        module = ir.Module.parse(base64.b64decode(body))
+        return ir.IntegerAttr(module.operation.attributes["stable_mosaic.version"]).value
+
+
+def lower_a_pallas_kernel():
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import pallas as pl
+
+    from torch_rpa.bridge import lower_to_hlo
+
+    def double(x_ref, out_ref):
+        out_ref[...] = x_ref[...] * 2
+
+    def call(x):
+        return pl.pallas_call(double, out_shape=x)(x)
+
+    return lower_to_hlo(call, [jax.ShapeDtypeStruct((8, 128), jnp.float32)], "tpu")
+
+
+@pytest.mark.parametrize("version", [None, *VERSIONS.values()], ids=["no_client", *VERSIONS])
+def test_pallas_kernels_are_lowered_to_the_mosaic_version_that_the_pinned_libtpu_reads(version, xla):
+    """jax left alone would emit 4, 5, 6, 7 or 8, by the version of the TPU client that it starts."""
+    with tpu_vm(version):
+        assert mosaic_version(lower_a_pallas_kernel()) == 7
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_lowering_the_ops_starts_no_jax_client(platform, xla):
+    from torch_rpa import bridge
+    from torch_rpa.options import AttentionOptions
+
+    batch = make_batch()
+    names = ("q", "k", "v", "kv_pages", "kv_lens", "page_indices", "cu_q_lens", "num_seqs")
+    specs = [(name, getattr(batch, name).shape, getattr(batch, name).dtype, "xla:0") for name in names]
+    with tpu_vm():
+        assert bridge._lower("ragged_paged_attention_update", specs, AttentionOptions(), platform, interpret=False)
