@@ -44,9 +44,7 @@ class OptionalBuildExt(build_ext):
         cpp_extension, torch_version = import_torch()
         check_toolchain(cpp_extension.get_cxx_compiler())
         self.distribution.ext_modules = [
-            cpp_extension.CppExtension(
-                NAME, SOURCES, extra_compile_args=COMPILE_FLAGS, extra_link_args=LINK_FLAGS
-            )
+            cpp_extension.CppExtension(NAME, SOURCES, extra_compile_args=COMPILE_FLAGS, extra_link_args=LINK_FLAGS)
         ]
         builder = cpp_extension.BuildExtension(self.distribution)
         builder.build_lib = self.build_lib

@@ -20,8 +20,8 @@ import jax
 import torch
 import torch_xla
 import torch_xla.core.xla_builder as xb
-import torch_xla.experimental.custom_kernel  # noqa: F401  registers torch.ops.xla.ragged_paged_attention
-import torch_xla.experimental.pallas_kernels.ragged_paged_attention_v2  # noqa: F401  before jax.jit is patched below
+import torch_xla.experimental.custom_kernel
+import torch_xla.experimental.pallas_kernels.ragged_paged_attention_v2
 
 import torch_rpa
 from torch_rpa import kernels

@@ -2,8 +2,8 @@
 
     python -m benchmarks.bench_lengths
 
-Two tables, SmolLM2 heads, float32, 8 sequences, page size 16: lengths grow with the table fixed; the table (and the pool
-of pages) grows with the lengths fixed. Each cell is one compiled call through torch.ops.rpa, the best of several.
+Two tables, SmolLM2 heads, float32, 8 sequences, page size 16: lengths grow with the table fixed; the table (and the
+pool of pages) grows with the lengths fixed. Each cell is one compiled call through torch.ops.rpa, the best of several.
 """
 
 import argparse

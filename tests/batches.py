@@ -1,7 +1,7 @@
 """Ragged batches for the tests, with poison wherever the contract says that nothing may be read.
 
-``make_batch([(q_len, kv_len), ...])`` gives the arguments of the ops on the CPU. Every slot of the pages that belongs to
-no sequence, every padding row and every unused entry of the metadata holds NaN, -1 or a wild number.
+``make_batch([(q_len, kv_len), ...])`` gives the arguments of the ops on the CPU. Every slot of the pages that belongs
+to no sequence, every padding row and every unused entry of the metadata holds NaN, -1 or a wild number.
 """
 
 from dataclasses import dataclass, field, replace

@@ -114,7 +114,7 @@ def test_a_batch_without_sequences_gives_zeros(device):
     assert (lse.cpu() == -torch.inf).all()
 
 
-@pytest.mark.parametrize("num_tokens, max_num_seqs, pages_per_seq", [(0, 2, 1), (3, 0, 1), (3, 2, 0)])
+@pytest.mark.parametrize(("num_tokens", "max_num_seqs", "pages_per_seq"), [(0, 2, 1), (3, 0, 1), (3, 2, 0)])
 def test_empty_dimensions_are_allowed(num_tokens, max_num_seqs, pages_per_seq, device):
     def zeros(*shape, dtype=torch.int32):
         return torch.zeros(shape, dtype=dtype, device=device)

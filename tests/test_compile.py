@@ -104,7 +104,7 @@ def test_export_keeps_the_op_and_a_dynamic_number_of_tokens():
 def test_an_input_that_requires_grad_is_refused_at_the_call(name, device):
     batch = make_batch().to(device)
     args = arguments(replace(batch, q=batch.q.clone().requires_grad_()), name)
-    with pytest.raises(RuntimeError, match="is for inference and has no derivative.* q requires grad; call it under"):
+    with pytest.raises(RuntimeError, match=r"is for inference and has no derivative.* q requires grad; call it under"):
         getattr(torch.ops.rpa, name)(*args)
 
 
@@ -126,5 +126,5 @@ def test_with_grad_mode_inputs_that_need_no_grad_are_fine(device):
 def test_an_input_that_requires_grad_is_refused_under_fake_tensors_too():
     batch = make_batch()
     batch = fake(replace(batch, q=batch.q.clone().requires_grad_()), FakeTensorMode())
-    with pytest.raises(RuntimeError, match="is for inference"):
+    with pytest.raises(RuntimeError, match=r"is for inference"):
         batch.read()

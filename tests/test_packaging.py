@@ -53,9 +53,7 @@ def locked_requirements():
 @pytest.fixture(scope="module")
 def modules_after_import():
     """The names of all modules that a fresh process has loaded after `import torch_rpa`."""
-    return set(
-        json.loads(run_python("import json, sys, torch_rpa; print(json.dumps(list(sys.modules)))").stdout)
-    )
+    return set(json.loads(run_python("import json, sys, torch_rpa; print(json.dumps(list(sys.modules)))").stdout))
 
 
 @pytest.mark.parametrize("heavy", ["jax", "jaxlib", "torch_xla", "torchax", "transformers"])
@@ -104,9 +102,7 @@ assert native.is_available() is False
 
 
 def test_every_locked_requirement_is_pinned():
-    unpinned = [
-        line for line in locked_requirements() if not re.fullmatch(r"[a-zA-Z0-9._-]+==[^\s;*]+", line)
-    ]
+    unpinned = [line for line in locked_requirements() if not re.fullmatch(r"[a-zA-Z0-9._-]+==[^\s;*]+", line)]
     assert not unpinned
 
 

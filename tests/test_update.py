@@ -29,7 +29,7 @@ def test_update_equals_write_then_read_and_leaves_all_other_bytes(dtype, kv_dtyp
 def test_untouched_pages_keep_the_bits_of_every_nan(device):
     batch = forget_new_tokens(make_batch(((2, 20),), dtype=torch.bfloat16))
     bits = torch.arange(0x7F81, 0x8000, dtype=torch.int32).to(torch.int16)  # every positive bfloat16 NaN
-    unused = [p for p in range(len(batch.kv_pages)) if p not in batch.page_indices[0, :2].tolist()][0]
+    unused = (set(range(len(batch.kv_pages))) - set(batch.page_indices[0, :2].tolist())).pop()
     batch.kv_pages[unused].view(torch.int16).flatten()[: len(bits)] = bits
     _, new_pages = batch.to(device).update()
     assert torch.equal(bytes_of(new_pages[unused]), bytes_of(batch.kv_pages[unused]))

@@ -19,7 +19,10 @@ BAD_TENSORS = {
     ),
     "q_transposed": (
         {"q": lambda b: b.q.transpose(0, 1)},
-        (ValueError, r"num_q_heads=47 and num_kv_heads=2; q must be \[num_tokens, .* \(never transposed\), got .*\[4, 47"),
+        (
+            ValueError,
+            r"num_q_heads=47 and num_kv_heads=2; q must be \[num_tokens, .* \(never transposed\), got .*\[4, 47",
+        ),
     ),
     "heads_that_do_not_divide": (
         {"q": lambda b: b.q[:, :3]},
@@ -29,7 +32,10 @@ BAD_TENSORS = {
         {"q": lambda b: b.q[..., :63]},
         (ValueError, r"head_dim must be a multiple of 8 up to 256, got 63"),
     ),
-    "float64_q": ({"q": lambda b: b.q.double()}, (TypeError, r"q must be one of float32, bfloat16, float16, got float64")),
+    "float64_q": (
+        {"q": lambda b: b.q.double()},
+        (TypeError, r"q must be one of float32, bfloat16, float16, got float64"),
+    ),
     "integer_q": ({"q": lambda b: b.q.nan_to_num().int()}, (TypeError, r"q must be one of float32, .* got int32")),
     "pages_of_another_float": (
         {"kv_pages": lambda b: b.kv_pages.bfloat16()},
@@ -37,7 +43,10 @@ BAD_TENSORS = {
     ),
     "pages_with_heads_before_tokens": (
         {"kv_pages": lambda b: b.kv_pages.transpose(1, 2).contiguous()},
-        (ValueError, r"kv_pages must be \[num_pages, page_size, 2 \* num_kv_heads.*whose page_size 4 is not a power of two"),
+        (
+            ValueError,
+            r"kv_pages must be \[num_pages, page_size, 2 \* num_kv_heads.*whose page_size 4 is not a power of two",
+        ),
     ),
     "pages_of_another_head_dim": (
         {"kv_pages": lambda b: b.kv_pages[..., :32]},
@@ -157,13 +166,13 @@ def test_bad_sinks_are_refused(sinks, error, message, device):
 
 
 def test_what_a_device_cannot_do_says_what_works(xla):
-    with pytest.raises(NotImplementedError, match="float16 runs on CPU tensors only, not on .*; use bfloat16"):
+    with pytest.raises(NotImplementedError, match=r"float16 runs on CPU tensors only, not on .*; use bfloat16"):
         make_batch(dtype=torch.float16).to(xla).read()
 
 
 def test_use_kernel_of_the_older_op_is_refused_with_a_hint(device):
     batch = make_batch().to(device)
-    with pytest.raises(TypeError, match="takes no use_kernel .*Leave it out"):
+    with pytest.raises(TypeError, match=r"takes no use_kernel .*Leave it out"):
         batch.read(torch.ops.rpa.ragged_paged_attention, use_kernel=True)
 
 

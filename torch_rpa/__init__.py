@@ -1,7 +1,7 @@
 """Ragged paged attention for PyTorch on TPU.
 
 Importing this package registers ``torch.ops.rpa.*``. It imports neither JAX nor torch_xla nor transformers: the first
-call on an XLA tensor does, and ``torch_rpa.hf``. Without torch only ``torch_rpa.kernels``, the pure JAX entry, is there.
+call on an XLA tensor does, and ``torch_rpa.hf``. Without torch, ``torch_rpa.kernels``, the pure JAX entry, is there.
 """
 
 from importlib.util import find_spec

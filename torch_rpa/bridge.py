@@ -136,7 +136,7 @@ def lower_to_hlo(function, shapes, platform: str) -> bytes:
     with (
         jax.default_device(_lowering_device()),
         mock.patch.object(cloud_tpu_init, "running_in_cloud_tpu_vm", False),
-        mock.patch.object(tpu_custom_call, "get_ir_version", lambda context: _MOSAIC_VERSION),
+        mock.patch.object(tpu_custom_call, "get_ir_version", return_value=_MOSAIC_VERSION),
     ):
         lowered = jitted.trace(*shapes).lower(lowering_platforms=(platform,))
         return lowered.compiler_ir("hlo").as_serialized_hlo_module_proto()

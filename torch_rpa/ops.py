@@ -3,9 +3,10 @@
     ragged_paged_attention            attention over pages that are only read
     ragged_paged_attention_with_lse   the same, and the log of each row's softmax denominator
     ragged_paged_attention_update     writes this step's k and v to new pages, then attends
-    ragged_paged_attention_update_    the same in place. PyTorch/XLA takes no mutable op with an XLA kernel of its own, so
-                                      there it is the functional op followed by ``kv_pages.copy_(new_kv_pages)``, which
-                                      ends as one aliased buffer; on the CPU it writes straight to the pages
+    ragged_paged_attention_update_    the same in place
+
+PyTorch/XLA takes no mutable op with an XLA kernel of its own. There the in-place form is the functional op followed by
+``kv_pages.copy_(new_kv_pages)``, which ends as one aliased buffer; on the CPU it writes straight to the pages.
 
 The ops are for inference: they have no derivative, and say so at the call.
 """

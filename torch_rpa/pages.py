@@ -100,7 +100,7 @@ def write_kv_pages_(
     k_scale: float | None,
     v_scale: float | None,
 ) -> None:
-    """Write k and v [num_tokens, num_kv_heads, head_dim] to their slots, in place; rows with slot -1 are not touched."""
+    """Write k and v [num_tokens, num_kv_heads, head_dim] to their slots, in place; slot -1 is skipped."""
     if native.is_available():
         native.write_kv_pages_(
             kv_pages, k, v, slots, 1.0 if k_scale is None else k_scale, 1.0 if v_scale is None else v_scale

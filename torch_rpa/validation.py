@@ -206,7 +206,7 @@ def check_metadata(
     page_size: int,
     sliding_window: int | None = None,
 ) -> None:
-    """Check the values of a batch's metadata; see ``torch_rpa.check_batch``. Raises ValueError for the first mistake."""
+    """Check a batch's metadata; see ``torch_rpa.check_batch``. Raises ValueError for the first mistake."""
     max_num_seqs = len(kv_lens)
     if not 0 <= num_seqs <= max_num_seqs:
         raise ValueError(f"num_seqs must be from 0 to max_num_seqs = {max_num_seqs}, got {num_seqs}")

@@ -212,7 +212,7 @@ def _as_bits(x):
 
 
 def _quantize(x, dtype, scale):
-    """``x / scale`` as ``dtype``: rounded to nearest even, clamped to the finite range; plain casts wrap or give NaN."""
+    """``x / scale`` as ``dtype``: rounded to nearest even and clamped; plain casts wrap or give NaN."""
     if scale is not None:
         x = x.astype(jnp.float32) / scale
     if dtype == jnp.int8:
