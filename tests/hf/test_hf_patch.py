@@ -1,0 +1,197 @@
+"""What patch changes and refuses, and that unpatch leaves nothing behind."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from tiny_models import make_config, make_model, make_prompts, plain_greedy, tokens
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, LlamaForSequenceClassification
+
+from torch_rpa import hf
+from torch_rpa.hf.state import engine_of
+
+
+def test_unpatch_restores_the_model():
+    model, prompts = make_model(attn_implementation="eager"), make_prompts(5, 9)
+    attributes, logits = set(vars(model)), model(torch.tensor(prompts[:1])).logits
+    assert hf.patch(model) is model
+    model.generate_batch(prompts, max_new_tokens=3)
+    assert hf.unpatch(model) is model
+    assert set(vars(model)) == attributes
+    assert not model._forward_pre_hooks
+    assert {module.config._attn_implementation for module in model.modules() if hasattr(module, "config")} == {"eager"}
+    assert torch.equal(model(torch.tensor(prompts[:1])).logits, logits)
+
+
+def test_generate_batch_shows_its_own_signature():
+    model = hf.patch(make_model())
+    assert list(inspect.signature(model.generate_batch).parameters)[:3] == [
+        "inputs",
+        "generation_config",
+        "max_new_tokens",
+    ]
+    assert "Answer all prompts" in model.generate_batch.__doc__
+
+
+def test_unpatch_of_a_plain_model_changes_nothing():
+    model = make_model()
+    assert hf.unpatch(model) is model
+    assert model.config._attn_implementation == make_model().config._attn_implementation
+
+
+def test_patching_again_replaces_the_settings():
+    model, prompts = make_model(), make_prompts(5, 20)
+    expected = plain_greedy(model, prompts, 4)
+    former = model.config._attn_implementation
+    hf.patch(model, page_size=8, num_pages=20)
+    model.generate_batch(prompts, max_new_tokens=4)
+    hf.patch(model, page_size=32, num_pages=5, token_buckets=(8, 16))
+    assert engine_of(model).allocator.num_pages == 5
+    assert tokens(model.generate_batch(prompts, max_new_tokens=4)) == expected
+    hf.unpatch(model)
+    assert model.config._attn_implementation == former
+    assert not model._forward_pre_hooks
+
+
+def test_two_patched_models_and_a_plain_one_side_by_side():
+    """All three share one config object, as models built from it directly do."""
+    config, prompts = make_config(), make_prompts(5, 12)
+    torch.manual_seed(0)
+    first, second, plain = (LlamaForCausalLM(config).eval() for _ in range(3))
+    expected = [plain_greedy(model, prompts, 4) for model in (first, second, plain)]
+    hf.patch(first, max_num_seqs=2, token_buckets=(8,))
+    hf.patch(second)
+    assert tokens(first.generate_batch(prompts, max_new_tokens=4)) == expected[0]
+    assert tokens(second.generate_batch(prompts, max_new_tokens=4)) == expected[1]
+    hf.unpatch(first)
+    assert tokens(second.generate_batch(prompts, max_new_tokens=4)) == expected[1]
+    assert plain_greedy(first, prompts, 4) == expected[0]
+    assert plain_greedy(plain, prompts, 4) == expected[2]
+
+
+def test_deep_copy_of_a_patched_model_stands_alone():
+    model, prompts = make_model(), make_prompts(5, 12)
+    expected = plain_greedy(model, prompts, 4)
+    hf.patch(model)
+    model.generate_batch(prompts, max_new_tokens=4)
+    clone = copy.deepcopy(model)
+    hf.unpatch(model)
+    assert tokens(clone.generate_batch(prompts, max_new_tokens=4)) == expected
+    assert engine_of(clone).runner.model is clone
+    assert plain_greedy(hf.unpatch(clone), prompts, 4) == expected
+
+
+def test_saved_config_does_not_mention_the_patch(tmp_path):
+    model = hf.patch(make_model())
+    model.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config._attn_implementation != "torch_rpa"
+
+
+def test_default_pool_is_logged(caplog):
+    caplog.set_level("INFO", logger="torch_rpa.hf.cache")
+    engine = engine_of(hf.patch(make_model(), page_size=16, max_num_seqs=3, token_buckets=(8,)))
+    assert engine.allocator.num_pages == 3 * 256 // 16
+    assert "chose 48 pages of 16 tokens, 3 sequences of 256 tokens" in caplog.text
+
+
+def call_with_batch(model, **kwargs):
+    """One hand-made step over three tokens of one sequence."""
+    from torch_rpa.hf.attention import RaggedBatch
+
+    cache = engine_of(model).runner._ready_cache()
+    batch = RaggedBatch(
+        cache=cache,
+        kv_lens=torch.tensor([3], dtype=torch.int32),
+        page_indices=torch.tensor([[0]], dtype=torch.int32),
+        cu_q_lens=torch.tensor([0, 3], dtype=torch.int32),
+        num_seqs=torch.tensor([1], dtype=torch.int32),
+    )
+    with torch.no_grad():
+        return model(torch.tensor([[1, 2, 3]]), use_cache=False, rpa_batch=batch, **kwargs)
+
+
+def test_a_step_by_hand_gives_the_plain_logits():
+    model = make_model(attn_implementation="eager")
+    expected = model(torch.tensor([[1, 2, 3]])).logits
+    torch.testing.assert_close(call_with_batch(hf.patch(model)).logits, expected)
+
+
+@pytest.mark.parametrize("method", ["forward", "generate", "inner"])
+def test_call_without_batch_metadata_is_an_error(method):
+    model = hf.patch(make_model())
+    call = {"forward": model, "generate": model.generate, "inner": model.model}[method]
+    with pytest.raises(RuntimeError, match=r"use model\.generate_batch.*unpatch"):
+        call(torch.tensor([[1, 2, 3]]))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("attention_mask", torch.tensor([[0, 1, 1]])),
+        ("attention_mask", torch.zeros(1, 1, 3, 3)),
+        ("output_attentions", True),
+        ("labels", torch.tensor([[1, 2, 3]])),
+    ],
+)
+def test_what_the_op_cannot_honour_is_refused_not_ignored(name, value):
+    with pytest.raises(NotImplementedError, match=name):
+        call_with_batch(hf.patch(make_model()), **{name: value})
+
+
+def test_attention_refuses_dropout_and_several_rows():
+    from torch_rpa.hf.attention import paged_attention
+
+    q, kv = torch.zeros(2, 4, 3, 16), torch.zeros(2, 2, 5, 16)
+    with pytest.raises(NotImplementedError, match=r"not 2 rows; 5 keys for 3 queries.*; dropout=0\.5 is for training"):
+        paged_attention(torch.nn.Module(), q, kv, kv, None, 1.0, dropout=0.5, rpa_batch=object())
+
+
+@pytest.mark.parametrize(
+    "model_class_and_config",
+    [
+        (GPT2LMHeadModel, GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=16)),
+        (LlamaForSequenceClassification, make_config()),
+    ],
+)
+def test_unsupported_class_is_refused_by_name(model_class_and_config):
+    model_class, config = model_class_and_config
+    with pytest.raises(NotImplementedError, match=rf"{model_class.__name__}: .*LlamaForCausalLM, MistralForCausalLM"):
+        hf.patch(model_class(config))
+
+
+def test_all_reasons_are_listed_at_once():
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    model = make_model(attn_implementation="eager", rope_parameters=rope, output_attentions=True, head_dim=12)
+    with pytest.raises(NotImplementedError) as error:
+        hf.patch(model, kv_dtype=torch.bfloat16)
+    for part in ("rope_type='dynamic'", "output_attentions", "head_dim=12", "kv_dtype=torch.bfloat16"):
+        assert part in str(error.value)
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"page_size": 12}, "page_size=12 must be a power of two from 8 to 256"),
+        ({"page_size": 4}, "page_size=4 must be"),
+        ({"num_pages": 0}, "num_pages=0 must be None or a positive integer"),
+        ({"max_num_seqs": 0}, "max_num_seqs=0 must be a positive integer"),
+        ({"token_buckets": ()}, r"token_buckets=\(\) must be a tuple of positive integers"),
+        ({"token_buckets": (8, 8)}, r"token_buckets=\(8, 8\) must rise"),
+        ({"token_buckets": (4,)}, "must be at least max_num_seqs=8"),
+        ({"kv_dtype": "fp8"}, "kv_dtype='fp8' must be None or a torch.dtype"),
+        ({"page_size": 7, "max_num_seqs": -1}, "page_size=7.*max_num_seqs=-1"),
+    ],
+)
+def test_bad_setting_is_named_with_its_value_and_what_was_expected(settings, message):
+    model = make_model()
+    with pytest.raises(ValueError, match=message):
+        hf.patch(model, **settings)
+    assert not hasattr(model, "_torch_rpa")
+
+
+def test_int8_cache_is_refused_with_the_reason():
+    with pytest.raises(NotImplementedError, match="int8 needs a k_scale and a v_scale"):
+        hf.patch(make_model(), kv_dtype=torch.int8)

@@ -1,0 +1,162 @@
+"""What generate_batch refuses before anything runs, and that it always gives its pages back."""
+
+import threading
+
+import pytest
+import torch
+from tiny_models import VOCAB_SIZE, make_model, make_prompts, plain_greedy, tokens
+from transformers import GenerationConfig
+
+from torch_rpa import hf
+from torch_rpa.hf.state import engine_of
+
+
+@pytest.fixture
+def model():
+    return hf.patch(make_model(), page_size=8, num_pages=10, token_buckets=(8, 32))
+
+
+@pytest.fixture(autouse=True)
+def _all_pages_free_in_the_end(model):
+    yield
+    assert engine_of(model).allocator.num_free == 10
+    assert not engine_of(model).has_work
+
+
+def test_no_input_gives_no_result(model):
+    assert model.generate_batch([]) == {}
+
+
+def test_requests_that_can_never_run_are_all_listed_with_their_numbers(model):
+    prompts = [[1, 2], [], [3] * 90, [4, VOCAB_SIZE, -1]]
+    with pytest.raises(ValueError, match="the prompt is empty") as error:
+        model.generate_batch(prompts, max_new_tokens=10)
+    message = str(error.value)
+    assert "inputs[0]" not in message
+    assert "inputs[1]: the prompt is empty" in message
+    assert "inputs[2]: 90 prompt tokens + max_new_tokens=10 are 100 tokens, which need 13 pages of 8" in message
+    assert f"inputs[3]: token ids [{VOCAB_SIZE}, -1] are outside the vocabulary of {VOCAB_SIZE}" in message
+
+
+def test_request_past_the_models_positions_is_refused():
+    model = hf.patch(make_model(max_position_embeddings=64), num_pages=100)
+    with pytest.raises(ValueError, match=r"are 66 tokens, but the model's max_position_embeddings is 64"):
+        model.generate_batch([[1] * 60], max_new_tokens=6)
+
+
+def test_request_that_just_fits_runs(model):
+    """80 slots: the last token needs none."""
+    assert len(tokens(model.generate_batch([[1] * 70], max_new_tokens=11))[0]) == 11
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be an integer of at least 1"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens=2.5 must be an integer of at least 1"),
+        ({"generation_config": GenerationConfig(max_length=2)}, "3 prompt tokens leave none of max_length=2"),
+        ({}, "max_new_tokens is not given"),
+        ({"max_new_tokens": 3, "seed": -1}, "seed=-1 must be None or an integer of at least 0"),
+    ],
+)
+def test_bad_limit_or_seed_is_a_value_error(model, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate_batch([[1, 2, 3]], **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "hint"),
+    [
+        ("continuous_batching_config", None, "patch's arguments"),
+        ("persistent_manager", True, "until unpatch"),
+        ("warmup", True, "no CUDA graphs"),
+        ("temperature", 0.7, "go into generation_config"),
+    ],
+)
+def test_keyword_without_meaning_is_refused_with_a_hint(model, name, value, hint):
+    with pytest.raises(TypeError, match=rf"{name} \(.*{hint}"):
+        model.generate_batch([[1]], max_new_tokens=1, **{name: value})
+
+
+def test_generation_settings_that_are_not_supported_are_all_listed(model):
+    config = GenerationConfig(max_new_tokens=3, num_beams=4, repetition_penalty=1.2, stop_strings=["x"], min_p=0.1)
+    with pytest.raises(NotImplementedError) as error:
+        model.generate_batch([[1]], config)
+    for part in ("num_beams=4", "repetition_penalty=1.2", "stop_strings=['x']", "min_p=0.1"):
+        assert part in str(error.value)
+
+
+def test_generation_settings_that_are_off_are_accepted(model):
+    config = GenerationConfig(
+        max_new_tokens=3, num_beams=1, repetition_penalty=1.0, use_cache=True, num_return_sequences=1, pad_token_id=0
+    )
+    assert len(model.generate_batch([[1]], config)) == 1
+
+
+def test_unset_fields_come_from_the_models_generation_config(model):
+    model.generation_config.max_new_tokens = 4
+    assert len(tokens(model.generate_batch([[1]], GenerationConfig(do_sample=False)))[0]) == 4
+    assert len(tokens(model.generate_batch([[1]], GenerationConfig(max_new_tokens=2)))[0]) == 2
+
+
+@pytest.mark.parametrize("inputs", ["text", [1, 2], [["a"]]])
+def test_inputs_that_are_no_lists_of_ids_are_refused(model, inputs):
+    with pytest.raises(TypeError, match="list of lists of token ids"):
+        model.generate_batch(inputs, max_new_tokens=1)
+
+
+def test_rows_of_a_tensor_are_accepted(model):
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    assert tokens(model.generate_batch(ids, max_new_tokens=2)) == tokens(
+        model.generate_batch(ids.tolist(), max_new_tokens=2)
+    )
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_after_an_interruption_the_next_call_starts_afresh(model, error, monkeypatch):
+    prompts = make_prompts(5, 20, 3, 30)
+    runner = engine_of(model).runner
+    real_run, num_runs = runner.run, 0
+
+    def run(chunks):
+        nonlocal num_runs
+        num_runs += 1
+        if num_runs == 3:
+            raise error
+        return real_run(chunks)
+
+    monkeypatch.setattr(runner, "run", run)
+    with pytest.raises(error):
+        model.generate_batch(prompts, max_new_tokens=8)
+    assert engine_of(model).allocator.num_free == 10
+    answers = tokens(model.generate_batch(prompts, max_new_tokens=8))
+    assert answers == plain_greedy(make_model(), prompts, 8)
+
+
+def test_an_error_in_the_progress_bar_frees_the_pages_too(model, monkeypatch):
+    import torch_rpa.hf.generate as module
+
+    class BrokenBar(module.tqdm):
+        def update(self, n=1):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "tqdm", BrokenBar)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        model.generate_batch(make_prompts(5, 20), max_new_tokens=3)
+    assert engine_of(model).allocator.num_free == 10, caught  # while the traceback is still alive
+
+
+def test_calls_from_two_threads_take_turns(model):
+    prompts = [make_prompts(5, 9, seed=1), make_prompts(12, 3, seed=2)]
+    expected = [plain_greedy(make_model(), batch, 6) for batch in prompts]
+    answers = {}
+
+    def call(index):
+        answers[index] = tokens(model.generate_batch(prompts[index], max_new_tokens=6))
+
+    threads = [threading.Thread(target=call, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == {0: expected[0], 1: expected[1]}

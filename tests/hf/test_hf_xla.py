@@ -1,0 +1,87 @@
+"""On the XLA device: what is compiled, how often something runs, and that the cache stays where it is."""
+
+import pytest
+import torch
+from tiny_models import make_model, make_prompts
+from transformers import GenerationConfig
+
+from torch_rpa import hf
+from torch_rpa.hf.device import compile_count
+from torch_rpa.hf.state import engine_of
+
+SETTINGS = {"page_size": 8, "max_num_seqs": 4, "token_buckets": (4, 32)}
+
+
+@pytest.fixture
+def model(xla):
+    model = make_model().to(xla)
+    return hf.patch(model, **SETTINGS)
+
+
+def executions() -> int:
+    from torch_xla.debug import metrics
+
+    return metrics.metric_data("ExecuteTime")[0]
+
+
+def transfers_to_host() -> int:
+    from torch_xla.debug import metrics
+
+    return metrics.metric_data("TransferFromDeviceTime")[0]
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_other_lengths_compile_nothing(model, do_sample):
+    config = GenerationConfig(do_sample=do_sample, top_k=20, top_p=0.9, max_new_tokens=6)
+    before = compile_count()
+    model.generate_batch(make_prompts(3, 50, 7), config, seed=0)
+    first_batch = compile_count() - before
+    assert first_batch <= len(SETTINGS["token_buckets"]) + 1  # one for each bucket, and one that zeroes a page array
+    for seed, lengths in enumerate([(1,), (100, 2, 9, 33, 4, 4, 60), (32, 32), (5, 6, 7, 8, 9)]):
+        model.generate_batch(make_prompts(*lengths, seed=seed), config, max_new_tokens=seed + 3)
+    assert compile_count() - before == first_batch
+
+
+def test_other_temperatures_compile_nothing(model):
+    prompts = make_prompts(3, 9)
+    model.generate_batch(prompts, GenerationConfig(do_sample=True, temperature=0.7, top_k=5), max_new_tokens=4)
+    before = compile_count()
+    model.generate_batch(prompts, GenerationConfig(do_sample=True, temperature=1.5, top_p=0.5), max_new_tokens=4)
+    assert compile_count() == before
+
+
+def test_one_execution_and_one_fetch_a_step(model):
+    model.generate_batch(make_prompts(3, 50), max_new_tokens=4)
+    steps, executed, fetched = engine_of(model).num_steps, executions(), transfers_to_host()
+    model.generate_batch(make_prompts(40, 2, 9, 70, 6), max_new_tokens=9)
+    steps = engine_of(model).num_steps - steps
+    assert steps > 9
+    assert executions() - executed == steps
+    assert transfers_to_host() - fetched == steps
+
+
+def test_pages_stay_in_their_buffers(model):
+    import torch_xla
+
+    def pointers():
+        layers = engine_of(model).runner._cache.layers
+        return [torch_xla._XLAC._unsafe_buffer_pointer(layer) for layer in layers]
+
+    model.generate_batch(make_prompts(3, 50), max_new_tokens=4)
+    first = pointers()
+    engine = engine_of(model)
+    for index, prompt in enumerate(make_prompts(20, 3)):
+        engine.add(prompt, request_id=str(index), max_new_tokens=5)
+    while engine.has_work:
+        engine.step()
+        assert pointers() == first
+
+
+def test_lazy_tensors_of_others_stay_out_of_the_program(model, xla):
+    prompts = make_prompts(3, 20)
+    model.generate_batch(prompts, max_new_tokens=4)
+    before = compile_count()
+    someone_elses = torch.ones(3, device=xla) + 1
+    model.generate_batch(prompts, max_new_tokens=4)
+    assert compile_count() == before
+    assert someone_elses.tolist() == [2.0, 2.0, 2.0]

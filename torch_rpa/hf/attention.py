@@ -1,0 +1,97 @@
+"""transformers' attention interface, answered by the ragged paged attention op."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AttentionInterface
+
+from torch_rpa.hf.cache import PagedKVCache
+
+NAME = "torch_rpa"
+
+
+@dataclass(frozen=True)
+class RaggedBatch:
+    """One step's metadata; `model(..., rpa_batch=RaggedBatch(...))` carries it to every attention layer.
+
+    kv_lens [max_num_seqs], page_indices [max_num_seqs, pages_per_seq], cu_q_lens [max_num_seqs + 1] and
+    num_seqs [1] are int32 on the model's device and mean what they mean in the op.
+    """
+
+    cache: PagedKVCache
+    kv_lens: torch.Tensor
+    page_indices: torch.Tensor
+    cu_q_lens: torch.Tensor
+    num_seqs: torch.Tensor
+
+
+def require_batch(batch: RaggedBatch | None) -> None:
+    """RuntimeError if the model was called as if it were not patched."""
+    if batch is None:
+        raise RuntimeError(
+            "this model is patched by torch_rpa.hf and needs batch metadata (rpa_batch=) in each call: use "
+            "model.generate_batch(...), or torch_rpa.hf.unpatch(model) to have the plain model back"
+        )
+
+
+def paged_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # [1, num_q_heads, num_tokens, head_dim]
+    key: torch.Tensor,  # [1, num_kv_heads, num_tokens, head_dim]
+    value: torch.Tensor,  # as key
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    rpa_batch: RaggedBatch | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Write this step's keys and values into the layer's pages, then attend. Gives [1, num_tokens, heads,
+    dim], None.
+
+    Raises RuntimeError without rpa_batch, and NotImplementedError for what the op cannot honour.
+    """
+    require_batch(rpa_batch)
+    reasons = _not_supported_reasons(query, key, attention_mask, dropout, kwargs)
+    if reasons:
+        raise NotImplementedError("torch_rpa attention: " + "; ".join(reasons))
+    # [1, heads, tokens, dim] -> [tokens, heads, dim]: views of the projections, so that no copy is made.
+    out = torch.ops.rpa.ragged_paged_attention_update_(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        rpa_batch.cache.layer_pages(module.layer_idx),
+        rpa_batch.kv_lens,
+        rpa_batch.page_indices,
+        rpa_batch.cu_q_lens,
+        rpa_batch.num_seqs,
+        sm_scale=scaling,
+        sliding_window=sliding_window,
+        soft_cap=softcap,
+        sinks=s_aux,
+    )
+    return out.unsqueeze(0), None
+
+
+def _not_supported_reasons(query, key, attention_mask, dropout: float, kwargs: dict) -> list[str]:
+    reasons = []
+    if query.shape[0] != 1:
+        reasons.append(f"the batch is one flattened row of tokens, not {query.shape[0]} rows")
+    if key.shape[2] != query.shape[2]:
+        reasons.append(f"{key.shape[2]} keys for {query.shape[2]} queries: past_key_values must be None")
+    if attention_mask is not None:
+        reasons.append("attention_mask must be None: rpa_batch says who sees whom")
+    if dropout:
+        reasons.append(f"{dropout=} is for training; call model.eval()")
+    if kwargs.get("output_attentions"):
+        reasons.append("output_attentions=True: the probabilities are never materialised")
+    if kwargs.get("is_causal") is False:
+        reasons.append("is_causal=False: only causal attention is supported")
+    return reasons
+
+
+def register() -> None:
+    """Make `paged_attention` known to transformers under NAME. Registering again changes nothing."""
+    AttentionInterface.register(NAME, paged_attention)

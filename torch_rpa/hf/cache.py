@@ -1,0 +1,90 @@
+"""The paged KV cache: pages on the device, and who owns which."""
+
+import logging
+from collections.abc import Iterable
+
+import torch
+
+import torch_rpa
+from torch_rpa.hf.config import EngineConfig
+
+logger = logging.getLogger(__name__)
+
+# With num_pages=None the pool holds max_num_seqs sequences of this many tokens (or of the model's own limit).
+DEFAULT_TOKENS_PER_SEQ = 1024
+
+
+class PageAllocator:
+    """Hands out page numbers 0 .. num_pages - 1; each belongs to one owner until it is freed."""
+
+    def __init__(self, num_pages: int) -> None:
+        self.num_pages = num_pages
+        # Taken from the end, so that page 0 goes first and just freed pages are used again while still in
+        # caches.
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._owned: set[int] = set()
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def allocate(self, count: int) -> list[int]:
+        """`count` pages that nobody owns. Raises ValueError if fewer are free; then nothing is taken."""
+        if not 0 <= count <= self.num_free:
+            raise ValueError(f"allocate: {count=} of {self.num_free} free pages ({self.num_pages} in all)")
+        pages = [self._free.pop() for _ in range(count)]
+        self._owned.update(pages)
+        return pages
+
+    def free(self, pages: Iterable[int]) -> None:
+        """Give pages back. Raises ValueError, and frees nothing, if one is not owned or stands there twice."""
+        pages = list(pages)
+        if len(set(pages)) < len(pages) or not self._owned.issuperset(pages):
+            raise ValueError(f"free: {pages} holds a page twice, or one that nobody owns (freed twice?)")
+        self._owned.difference_update(pages)
+        self._free.extend(reversed(pages))
+
+
+class PagedKVCache:
+    """One array of pages for each layer, all addressed by the same page table.
+
+    layers[i]: what `torch_rpa.empty_kv_pages(num_pages, page_size, num_kv_heads, head_dim)` gives on the
+    model's device. A page number means that page in every layer, so one table serves them all.
+    """
+
+    def __init__(self, model, num_pages: int, page_size: int, dtype: torch.dtype | None) -> None:
+        config = model.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.layers = [
+            torch_rpa.empty_kv_pages(
+                num_pages,
+                page_size,
+                config.num_key_value_heads,
+                head_dim,
+                dtype=model.dtype if dtype is None else dtype,
+                device=model.device,
+            )
+            for _ in range(config.num_hidden_layers)
+        ]
+
+    def layer_pages(self, layer_idx: int) -> torch.Tensor:
+        """The pages that attention layer `layer_idx` writes and reads."""
+        return self.layers[layer_idx]
+
+
+def pages_for(num_tokens: int, page_size: int) -> int:
+    """Pages that num_tokens tokens fill."""
+    return -(-num_tokens // page_size)
+
+
+def pool_pages(model_config, config: EngineConfig) -> int:
+    """num_pages, or if that is None: max_num_seqs sequences of min(max_position_embeddings, 1024) tokens each."""
+    if config.num_pages is not None:
+        return config.num_pages
+    tokens = min(model_config.max_position_embeddings, DEFAULT_TOKENS_PER_SEQ)
+    num_pages = config.max_num_seqs * pages_for(tokens, config.page_size)
+    logger.info(
+        "num_pages=None: chose %d pages of %d tokens, %d sequences of %d tokens",
+        num_pages, config.page_size, config.max_num_seqs, tokens,
+    )  # fmt: skip
+    return num_pages

@@ -1,0 +1,80 @@
+"""The engine's settings: what `patch` takes, checked once."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+DEFAULT_TOKEN_BUCKETS = (8, 64, 256)
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything that fixes the shapes of a step; one XLA program exists for each token bucket.
+
+    page_size       tokens in a page, a power of two from 8 to 256
+    num_pages       pages in the pool shared by all sequences, or None (see `cache.pool_pages`)
+    max_num_seqs    sequences that run at the same time
+    token_buckets   rising row counts; a step is padded to the smallest that holds it. The first should be at
+                    least max_num_seqs, so that pure decoding uses it, and the last bounds a prefill chunk
+    kv_dtype        dtype of the pages: None (the model's), torch.float8_e4m3fn or torch.float8_e5m2
+
+    Raises ValueError for a value out of range and NotImplementedError for a kv_dtype the engine cannot fill.
+    """
+
+    page_size: int = 16
+    num_pages: int | None = None
+    max_num_seqs: int = 8
+    token_buckets: tuple[int, ...] = DEFAULT_TOKEN_BUCKETS
+    kv_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        problems = [*self._problems_with_counts(), *self._problems_with_buckets()]
+        if self.kv_dtype is not None and not isinstance(self.kv_dtype, torch.dtype):
+            problems.append(f"kv_dtype={self.kv_dtype!r} must be None or a torch.dtype")
+        if problems:
+            raise ValueError("torch_rpa.hf.patch: " + "; ".join(problems))
+        if self.kv_dtype == torch.int8:
+            raise NotImplementedError(
+                "torch_rpa.hf.patch: kv_dtype=torch.int8 needs a k_scale and a v_scale for each layer, which a "
+                "transformers model does not carry; use torch.float8_e4m3fn or None (the model's dtype)"
+            )
+
+    def _problems_with_counts(self) -> list[str]:
+        problems = []
+        size = self.page_size
+        if not _is_count(size) or size & (size - 1) or not 8 <= size <= 256:
+            problems.append(f"page_size={size!r} must be a power of two from 8 to 256")
+        if self.num_pages is not None and not _is_count(self.num_pages):
+            problems.append(f"num_pages={self.num_pages!r} must be None or a positive integer")
+        if not _is_count(self.max_num_seqs):
+            problems.append(f"max_num_seqs={self.max_num_seqs!r} must be a positive integer")
+        return problems
+
+    def _problems_with_buckets(self) -> list[str]:
+        buckets = self.token_buckets
+        if not isinstance(buckets, (tuple, list)) or not buckets or not all(map(_is_count, buckets)):
+            return [f"token_buckets={buckets!r} must be a tuple of positive integers"]
+        object.__setattr__(self, "token_buckets", tuple(buckets))
+        if any(small >= large for small, large in pairwise(buckets)):
+            return [f"token_buckets={buckets!r} must rise"]
+        if _is_count(self.max_num_seqs) and buckets[-1] < self.max_num_seqs:
+            return [
+                f"token_buckets={buckets!r}: the last one must be at least max_num_seqs={self.max_num_seqs}, for a "
+                "step holds one token of each decoding sequence"
+            ]
+        return []
+
+    @property
+    def max_step_tokens(self) -> int:
+        """Rows of the largest bucket: the budget of one step."""
+        return self.token_buckets[-1]
+
+    def bucket_for(self, num_tokens: int) -> int:
+        """The smallest bucket that holds num_tokens rows (at most max_step_tokens)."""
+        return next(bucket for bucket in self.token_buckets if bucket >= num_tokens)
