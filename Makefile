@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 PYTHON ?= python3.11
 PYTHON_CANDIDATES := $(PYTHON) $(if $(filter file,$(origin PYTHON)),python3)
 UV_VERSION := 0.13.9
+# A TPU belongs to one process; elsewhere two of one thread each are faster than one of two.
+TEST_PROCESSES ?= $(if $(filter TPU,$(PJRT_DEVICE)),0,2)
 
 # ninja and uv of the environment are found first, also by what Python starts.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -28,7 +30,7 @@ demo: $(INSTALL_STAMP) ## run the demo (DEVICE=cpu picks a device, ARGS="..." ad
 	@$(BIN)/python -m torch_rpa.demo $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
 test: $(INSTALL_STAMP) ## run the tests (ARGS="-k name" adds pytest options)
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) $(ARGS)
 
 lint: $(PACKAGES_STAMP) ## check style
 	$(BIN)/ruff check .

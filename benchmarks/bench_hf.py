@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from torch_rpa.demo import FIRST_QUESTIONS, SECOND_QUESTIONS, Compilations
+from torch_rpa.demo import FIRST_QUESTIONS, SECOND_QUESTIONS, compilations
 
 NUM_PROMPTS = 8
 MARK = "measured: "
@@ -123,7 +123,7 @@ class _Measured:
         self.timer.daemon = True
 
     def __enter__(self) -> Measurement:
-        self.before = Compilations.so_far(self.row.device).count
+        self.before, _ = compilations(self.row.device)
         self.started = time.perf_counter()
         self.timer.start()
         return self.row
@@ -139,7 +139,7 @@ class _Measured:
 
     def _print(self) -> None:
         self.row.seconds = time.perf_counter() - self.started
-        self.row.compilations = Compilations.so_far(self.row.device).count - self.before
+        self.row.compilations = compilations(self.row.device)[0] - self.before
         print(MARK + json.dumps(asdict(self.row)), flush=True)
 
 

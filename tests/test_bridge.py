@@ -24,9 +24,9 @@ def buffer_of(x):
 
 
 def compilations():
-    import torch_xla.debug.metrics as metrics
+    from torch_rpa import bridge
 
-    return metrics.counter_value("UncachedCompile") or 0
+    return bridge.compilations()[0]
 
 
 def random_batch(seed, dtype=torch.float32):
@@ -103,10 +103,12 @@ def test_compiled_mode_updates_the_same_buffer(xla):
 def test_empty_kv_pages_have_a_buffer_from_the_start(xla):
     """A lazy constant instead would make the first step another program than the second."""
     import torch_xla
+    import torch_xla.core.xla_model as xm
 
     import torch_rpa
 
     pages = torch_rpa.empty_kv_pages(8, 16, 2, 64, dtype=torch.float32, device=xla)
+    xm.wait_device_ops()
     assert torch_xla._XLAC._unsafe_buffer_pointer(pages)
 
 

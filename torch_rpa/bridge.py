@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 import torch_xla
 import torch_xla.core.xla_builder as xb
+import torch_xla.debug.metrics as metrics
 import torch_xla.runtime as xr
 from torch_xla._internal.jax_workarounds import jax_import_guard
 
@@ -73,8 +74,23 @@ def zeros_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devic
     ``torch.zeros`` alone is a constant of the lazy graph, and the first step on it another program than all later ones.
     """
     zeros = torch.zeros(shape, dtype=dtype, device=device)
-    torch_xla._XLAC._xla_sync_multi([zeros], devices=[], wait=False, sync_xla_data=True)
+    run_pending([zeros])
     return zeros
+
+
+def run_pending(tensors: list[torch.Tensor]) -> None:
+    """Run the program traced so far, with exactly ``tensors`` as its results.
+
+    ``torch_xla.sync()`` takes all lazy tensors of the process into the program; those of others would change its hash,
+    and so recompile it. Tensors that were updated in place go first: buffers are given to the results in order.
+    """
+    torch_xla._XLAC._xla_sync_multi(tensors, devices=[], wait=False, sync_xla_data=True)
+
+
+def compilations() -> tuple[int, float]:
+    """How many programs XLA has compiled in this process so far, and how many seconds that took."""
+    compile_time = metrics.metric_data("CompileTime")  # (samples, total in nanoseconds, ...), None before the first
+    return metrics.counter_value("UncachedCompile") or 0, compile_time[1] / 1e9 if compile_time else 0.0
 
 
 @lru_cache(maxsize=_MAX_COMPUTATIONS)

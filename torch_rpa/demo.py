@@ -10,7 +10,6 @@ import os
 import sys
 import textwrap
 import time
-from dataclasses import dataclass
 
 from tqdm import tqdm
 
@@ -117,10 +116,12 @@ def _patch_and_answer(model, tokenizer, args: argparse.Namespace) -> None:
         prompts = [_chat_prompt(tokenizer, question) for question in questions]
         lengths = sorted(map(len, prompts))
         print(f"{title}: {len(prompts)} questions of {lengths[0]} to {lengths[-1]} tokens")
-        before = Compilations.so_far(args.device)
+        count_before, seconds_before = compilations(args.device)
         started = time.perf_counter()
         num_tokens = answer(engine, tokenizer, questions, prompts, args.max_new_tokens)
-        _report(num_tokens, time.perf_counter() - started, Compilations.so_far(args.device) - before, args.device)
+        seconds = time.perf_counter() - started
+        count, compile_seconds = compilations(args.device)
+        _report(num_tokens, seconds, count - count_before, compile_seconds - seconds_before, args.device)
 
 
 def _chat_prompt(tokenizer, question: str) -> list[int]:
@@ -170,34 +171,22 @@ def _indented(question: str, answer_text: str) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Compilations:
-    """How many programs XLA compiled, and how long that took."""
+def compilations(device: str) -> tuple[int, float]:
+    """What XLA has compiled so far: programs, and seconds. Nothing for CPU tensors, which need no torch_xla."""
+    if device == "cpu":
+        return 0, 0.0
+    from torch_rpa import bridge
 
-    count: int
-    seconds: float
-
-    @classmethod
-    def so_far(cls, device: str) -> "Compilations":
-        """Since the process started; none on CPU tensors."""
-        if device == "cpu":
-            return cls(0, 0.0)
-        from torch_xla.debug import metrics
-
-        compile_time = metrics.metric_data("CompileTime")  # (samples, total in nanoseconds, ...)
-        return cls(metrics.counter_value("UncachedCompile") or 0, compile_time[1] / 1e9 if compile_time else 0.0)
-
-    def __sub__(self, earlier: "Compilations") -> "Compilations":
-        return Compilations(self.count - earlier.count, self.seconds - earlier.seconds)
+    return bridge.compilations()
 
 
-def _report(num_tokens: int, seconds: float, compiled: Compilations, device: str) -> None:
-    running = seconds - compiled.seconds
+def _report(num_tokens: int, seconds: float, compiled: int, compile_seconds: float, device: str) -> None:
+    running = seconds - compile_seconds
     print(f"\n  {num_tokens} tokens in {running:.1f} s, {num_tokens / running:.1f} tokens per second", end="")
     if device == "cpu":
         print("\n")
-    elif compiled.count:
-        print(f", after {compiled.count} XLA compilations in {compiled.seconds:.1f} s\n")
+    elif compiled:
+        print(f", after {compiled} XLA compilations in {compile_seconds:.1f} s\n")
     else:
         print("; 0 XLA compilations\n")
 

@@ -19,10 +19,7 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def loaded():
-    try:
-        return smollm2.load()
-    except smollm2.ModelPackageMissing as error:
-        pytest.skip(str(error))
+    return smollm2.load()
 
 
 @pytest.fixture(scope="module")

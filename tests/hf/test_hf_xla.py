@@ -6,7 +6,6 @@ from tiny_models import make_model, make_prompts
 from transformers import GenerationConfig
 
 from torch_rpa import hf
-from torch_rpa.hf.device import compile_count
 from torch_rpa.hf.state import engine_of
 
 SETTINGS = {"page_size": 8, "max_num_seqs": 4, "token_buckets": (4, 32)}
@@ -16,6 +15,12 @@ SETTINGS = {"page_size": 8, "max_num_seqs": 4, "token_buckets": (4, 32)}
 def model(xla):
     model = make_model().to(xla)
     return hf.patch(model, **SETTINGS)
+
+
+def compile_count() -> int:
+    from torch_rpa import bridge
+
+    return bridge.compilations()[0]
 
 
 def executions() -> int:

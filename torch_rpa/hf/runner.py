@@ -6,7 +6,6 @@ import torch
 from torch_rpa.hf.batch import BatchLayout
 from torch_rpa.hf.cache import PagedKVCache, pages_for, pool_pages
 from torch_rpa.hf.config import EngineConfig
-from torch_rpa.hf.device import run_pending
 from torch_rpa.hf.sampling import GREEDY, pack_sampling, sample, sample_greedy
 from torch_rpa.hf.scheduler import Chunk
 
@@ -36,7 +35,10 @@ class ModelRunner:
         sampling = self._upload_sampling(chunks)
         with torch.no_grad():
             tokens = self._traced_step(layout, cache, packed, sampling)
-        run_pending([*cache.layers, tokens])
+        if tokens.device.type == "xla":
+            from torch_rpa import bridge
+
+            bridge.run_pending([*cache.layers, tokens])
         return tokens.tolist()[: len(chunks)]
 
     def drop_cache(self) -> None:
