@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from batches import MIXED, make_batch
+from batches import MIXED, assert_matches_oracle, forget_new_tokens, make_batch
 
 import torch_rpa
 
@@ -92,6 +92,17 @@ def test_pages_before_the_window_may_be_freed(device):
         check(batch, sliding_window=21)
     with pytest.raises(ValueError, match=r"page_indices\[0, 0\] must be"):
         check(batch)
+
+
+def test_the_check_works_while_openxla_compiles(xla, monkeypatch):
+    """Reading the metadata then must not split the graph, whose pages are donated."""
+    torch._dynamo.reset()
+    monkeypatch.setenv("TORCH_RPA_CHECK", "1")
+    step = torch.compile(torch.ops.rpa.ragged_paged_attention_update_, backend="openxla")
+    batch = forget_new_tokens(make_batch())
+    on_xla = batch.to(xla)
+    out = step(on_xla.q, on_xla.k, on_xla.v, on_xla.kv_pages, *on_xla.metadata)
+    assert_matches_oracle(batch, out, update=True)
 
 
 def test_the_static_checks_come_first(device):

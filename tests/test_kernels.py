@@ -145,6 +145,18 @@ def test_the_ops_run_on_cpu_without_jax():
     )
 
 
+def test_xla_tensors_without_jax_say_what_to_install():
+    tests = str(Path(__file__).parent)
+    run_python(
+        f"import sys; sys.path.insert(0, {tests!r}); sys.modules['jax'] = None\n"
+        "import torch, torch_xla, torch_rpa\n"
+        "from batches import make_batch\n"
+        "try: make_batch().to('xla').read()\n"
+        "except ImportError as error: assert 'pip install' in str(error), error\n"
+        "else: raise AssertionError('no error')\n"
+    )
+
+
 def test_the_kernels_never_import_torch():
     for path in Path(inspect.getfile(kernels)).parent.glob("**/*.py"):
         assert "import torch\n" not in path.read_text()

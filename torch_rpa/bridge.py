@@ -117,9 +117,12 @@ def _dtype_name(dtype):
 
 
 def _lower(op, specs, options, platform, interpret):
-    jax_import_guard()
-    import jax
-    import jax.numpy as jnp
+    jax_import_guard()  # PyTorch/XLA takes the TPU before JAX may touch it
+    try:
+        import jax
+        import jax.numpy as jnp
+    except ModuleNotFoundError as error:
+        raise ImportError("torch_rpa needs JAX for XLA tensors; pip install 'torch_rpa[xla]'") from error
 
     from torch_rpa import kernels
 

@@ -93,11 +93,12 @@ def _specs(args) -> dict[str, ArgSpec]:
 
 
 def _check_values(args, sliding_window):
+    # .cpu() first: torch.compile(backend="openxla") takes .tolist() of an XLA tensor for an op to split the graph at.
     check_metadata(
-        args["kv_lens"].tolist(),
-        args["page_indices"].tolist(),
-        args["cu_q_lens"].tolist(),
-        int(args["num_seqs"][0]),
+        args["kv_lens"].cpu().tolist(),
+        args["page_indices"].cpu().tolist(),
+        args["cu_q_lens"].cpu().tolist(),
+        args["num_seqs"].cpu().item(),
         num_tokens=args["q"].shape[0],
         num_pages=args["kv_pages"].shape[0],
         page_size=args["kv_pages"].shape[1],
