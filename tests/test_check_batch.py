@@ -43,6 +43,8 @@ BAD_VALUES = {
         changed("page_indices", (3, 2), -1),
         r"page_indices\[3, 2\] must be from 0 to num_pages - 1 = \d+, got -1 \(sequence 3 has kv_len 50",
     ),
+    "page_to_write_out_of_range": (changed("page_indices", (1, 1), 500), r"page_indices\[1, 1\] must be .*got 500"),
+    "page_to_write_missing": (changed("page_indices", (1, 1), -3), r"page_indices\[1, 1\] must be from 0.*got -3"),
     "page_out_of_range": (changed("page_indices", (0, 1), 500), r"page_indices\[0, 1\] must be from 0 to .*got 500"),
 }
 

@@ -56,9 +56,8 @@ def attend_update_(
     options: AttentionOptions,
 ) -> torch.Tensor:
     """Write the rows of k and v to their own positions in kv_pages, in place, then attend; returns out."""
-    page_size = kv_pages.shape[1]
-    lens, starts = _active_sequences(kv_lens, cu_q_lens, num_seqs, page_indices.shape[1] * page_size, len(q))
-    slots = token_slots(lens, page_indices, starts, len(q), page_size)
+    lens, starts = _active_sequences(kv_lens, cu_q_lens, num_seqs, page_indices.shape[1] * kv_pages.shape[1], len(q))
+    slots = token_slots(lens, page_indices, starts, len(q), kv_pages)
     write_kv_pages_(kv_pages, k, v, slots, options.k_scale, options.v_scale)
     return attend(q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sinks, options=options)[0]
 

@@ -60,17 +60,19 @@ def heads_view(kv_pages: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 
 def token_slots(
-    kv_lens: list[int], page_indices: torch.Tensor, cu_q_lens: list[int], num_tokens: int, page_size: int
+    kv_lens: list[int], page_indices: torch.Tensor, cu_q_lens: list[int], num_tokens: int, kv_pages: torch.Tensor
 ) -> torch.Tensor:
     """The slot that each row of the batch is written to.
 
     Args:
         kv_lens, cu_q_lens: of the active sequences only.
         page_indices: int32 [max_num_seqs, pages_per_seq].
+        kv_pages: of either form.
 
     Returns:
         int64 [num_tokens]; -1 for padding rows, and where a row has no place (metadata that ``check_batch`` refuses).
     """
+    num_pages, page_size = kv_pages.shape[:2]
     slots = torch.full((num_tokens,), -1, dtype=torch.int64)
     for s, kv_len in enumerate(kv_lens):
         first, last = cu_q_lens[s], cu_q_lens[s + 1]
@@ -78,7 +80,8 @@ def token_slots(
         page_of_row = position.div(page_size, rounding_mode="floor")
         inside = (position >= 0) & (page_of_row < page_indices.shape[1])
         page = page_indices[s, page_of_row.where(inside, 0)].to(torch.int64)
-        slots[first:last] = (page * page_size + position % page_size).where(inside & (page >= 0), -1)
+        inside &= (page >= 0) & (page < num_pages)
+        slots[first:last] = (page * page_size + position % page_size).where(inside, -1)
     return slots
 
 
