@@ -1,11 +1,13 @@
 """torch.compile, torch.export, fake tensors, opcheck, and the refusal of gradients."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from batches import assert_matches_oracle, bytes_of, forget_new_tokens, make_batch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import cpp_extension
 
 READ = torch.ops.rpa.ragged_paged_attention
 UPDATE_ = torch.ops.rpa.ragged_paged_attention_update_
@@ -52,6 +54,7 @@ def test_fake_and_meta_tensors_have_the_shapes_and_dtypes_of_real_ones(where, dt
     assert [r.dtype for r in results] == [r.dtype for r in real]
 
 
+@pytest.mark.skipif(shutil.which(cpp_extension.get_cxx_compiler()) is None, reason="inductor needs a C++ compiler")
 def test_inductor_compiles_an_update_step_on_cpu():
     batch = forget_new_tokens(make_batch())
 
