@@ -15,11 +15,14 @@ OPTIONS = {
     "window_1": {"sliding_window": 1},
     "window_7": {"sliding_window": 7},
     "window_longer_than_context": {"sliding_window": 4096},
+    "window_past_int32": {"sliding_window": 2**40},
+    "window_of_int32_not_causal": {"sliding_window": 2**31 - 1, "causal": False},
     "window_not_causal": {"sliding_window": 7, "causal": False},
     "soft_cap": {"soft_cap": 5.0, "sm_scale": 0.3},
     "mask_value_changes_nothing": {"mask_value": -1.0},
     "small_blocks": {"num_kv_pages_per_block": 1, "num_queries_per_block": 3, "sliding_window": 20},
     "large_blocks": {"num_kv_pages_per_block": 64, "num_queries_per_block": 512, "vmem_limit_bytes": 2**26},
+    "huge_blocks": {"num_kv_pages_per_block": 2**31, "num_queries_per_block": 2**31},
     "scales": {"k_scale": 0.5, "v_scale": 3.0},
 }
 
@@ -173,6 +176,27 @@ def test_rows_do_not_depend_on_the_batch(device):
         alone.cu_q_lens[1], alone.num_seqs[0] = last - first, 1
         for whole, single in zip(together, alone.to(device).read(sm_scale=0.125), strict=True):
             assert torch.equal(whole.cpu()[first:last], single.cpu()[: last - first])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_torchs_default_dtype_changes_nothing(dtype, device):
+    batch = make_batch()
+    on_device = batch.to(device)
+    torch.set_default_dtype(dtype)
+    try:
+        out, lse = on_device.read()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_matches_oracle(batch, out, lse)
+
+
+def test_autocast_changes_nothing():
+    batch = make_batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        out, lse = batch.read()
+        updated, _ = batch.update()
+    assert_matches_oracle(batch, out, lse)
+    assert_matches_oracle(batch, updated, update=True)
 
 
 def test_memory_on_cpu_does_not_grow_with_tokens_times_context():

@@ -107,6 +107,14 @@ def test_the_check_works_while_openxla_compiles(xla, monkeypatch):
     assert_matches_oracle(batch, out, update=True)
 
 
+def test_what_is_no_tensor_is_refused_by_name():
+    batch = make_batch()
+    with pytest.raises(TypeError, match=r"kv_lens must be a torch.Tensor, got list"):
+        check(replace(batch, kv_lens=[5, 9]))
+    with pytest.raises(TypeError, match=r"sliding_window must be an integer or None, got 2\.5"):
+        check(batch, sliding_window=2.5)
+
+
 def test_the_static_checks_come_first(device):
     batch = make_batch().to(device)
     with pytest.raises(TypeError, match="kv_lens must be int32, got int64"):

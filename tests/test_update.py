@@ -1,5 +1,7 @@
 """The update ops: new k and v go to their own positions, nothing else changes, and the in-place form is in place."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from batches import MIXED, assert_close, assert_matches_oracle, bytes_of, finish_step, forget_new_tokens, make_batch
@@ -56,20 +58,21 @@ def test_a_window_does_not_skip_the_write(device):
     assert torch.equal(bytes_of(new_pages), bytes_of(batch.expected(update=True, sliding_window=1)[2]))
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES[1:], ids=str)
-def test_quantising_rounds_to_nearest_even_and_clamps(kv_dtype, dtype, device):
+def test_quantising_rounds_to_nearest_even_and_clamps(kv_dtype, dtype, scale, device):
     """Every value between two neighbours, ties, values past the range, infinities and NaN."""
     codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(kv_dtype).float()
     codes = codes[torch.isfinite(codes)].sort().values
     ties = (codes[1:] + codes[:-1]) / 2
     special = torch.tensor([torch.inf, -torch.inf, torch.nan, 1e6, -1e6, 448.5, 464.0, 127.5, -128.6, 1e-9])
-    values = torch.cat([codes, ties, ties * 1.004, special])
+    values = torch.cat([codes, ties, ties * 1.004, special]) * scale
     values = torch.nn.functional.pad(values, (0, -len(values) % 64)).view(-1, 1, 64).to(dtype)
     batch = make_batch(((len(values), len(values)),), heads=(1, 1, 64), dtype=dtype, kv_dtype=kv_dtype, spare_rows=0)
     batch.k.copy_(values)
     batch.v.copy_(values)
-    batch.scales.update(k_scale=1.0, v_scale=1.0)
+    batch.scales.update(k_scale=scale, v_scale=scale)
     _, new_pages = batch.to(device).update()
     assert_equal_codes(new_pages.cpu(), batch.expected(update=True)[2])
 
@@ -124,6 +127,16 @@ def test_decoding_token_by_token_equals_prefill(device):
         out = UPDATE_(q, k, v, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs)
         finish_step(device)
         assert_close(out.cpu(), expected[rows], torch.float32)
+
+
+def test_rows_before_the_first_sequence_are_padding(device):
+    """cu_q_lens may start past 0: check_batch refuses it, the ops honour it."""
+    batch = forget_new_tokens(make_batch(((3, 20), (1, 5)), spare_rows=5))
+    shifted = {name: getattr(batch, name).roll(2, dims=0) for name in ("q", "k", "v")}
+    batch = replace(batch, cu_q_lens=batch.cu_q_lens + 2, **shifted)
+    out, new_pages = batch.to(device).update()
+    assert_matches_oracle(batch, out, update=True)
+    assert torch.equal(bytes_of(new_pages), bytes_of(batch.expected(update=True)[2]))
 
 
 def test_pages_that_cannot_be_written_in_place_are_refused():

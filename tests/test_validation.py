@@ -1,5 +1,6 @@
 """Bad input: which error, and that it names the argument, what it was and what was expected."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -97,8 +98,8 @@ BAD_TENSORS = {
 
 BAD_OPTIONS = {
     "sliding_window": [0, -3],
-    "soft_cap": [0.0, float("nan"), float("inf")],
-    "sm_scale": [float("nan"), float("inf")],
+    "soft_cap": [0.0, float("nan"), float("inf"), 1e300],
+    "sm_scale": [float("nan"), float("inf"), 1e39],
     "k_scale": [float("nan"), 0.0, -1.0, float("inf")],
     "v_scale": [float("nan"), 0.0, -1.0, float("inf")],
     "num_kv_pages_per_block": [0, -1],
@@ -119,7 +120,7 @@ def test_a_bad_tensor_is_refused_by_name(changes, error, where, request):
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name in BAD_OPTIONS for value in BAD_OPTIONS[name]])
 def test_an_option_out_of_range_is_refused_by_name(name, value, device):
-    with pytest.raises(ValueError, match=rf"{name} must be .*got {value}"):
+    with pytest.raises(ValueError, match=rf"{name} must be .*got {re.escape(str(value))}"):
         make_batch().to(device).read(**{name: value})
 
 
@@ -135,7 +136,7 @@ def test_int8_pages_need_both_scales(name, device):
 def test_tensors_on_another_device_are_refused_by_name(name, xla):
     batch = make_batch()
     on_xla = batch.to(xla)
-    with pytest.raises(ValueError, match=f"{name} must be on q's device .*, got cpu; all tensors go together"):
+    with pytest.raises(ValueError, match=f"{name} must be on q's device xla:0, got cpu; all tensors go together"):
         replace(on_xla, **{name: getattr(batch, name)}).read()
 
 
@@ -190,7 +191,9 @@ def test_a_refused_call_leaves_the_pages_alone(device):
         ((0, 16, 2, 64), "num_pages must be at least 1, got 0"),
         ((4, 12, 2, 64), "page_size must be a power of two from 8 to 256, got 12"),
         ((4, 16, 0, 64), "num_kv_heads must be at least 1, got 0"),
-        ((4, 16, 2, 0), "head_dim must be at least 1, got 0"),
+        ((4, 16, 2, 0), "head_dim must be a multiple of 8 up to 256, got 0"),
+        ((4, 16, 2, 7), "head_dim must be a multiple of 8 up to 256, got 7"),
+        ((4, 16, 2, 512), "head_dim must be a multiple of 8 up to 256, got 512"),
     ],
 )
 def test_empty_kv_pages_refuses_bad_sizes(sizes, message, device):
@@ -198,6 +201,14 @@ def test_empty_kv_pages_refuses_bad_sizes(sizes, message, device):
 
     with pytest.raises(ValueError, match=message):
         torch_rpa.empty_kv_pages(*sizes, dtype=torch.float32, device=device)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64], ids=str)
+def test_empty_kv_pages_refuses_dtypes_that_no_op_takes(dtype, device):
+    import torch_rpa
+
+    with pytest.raises(TypeError, match=rf"dtype must be one of float32, .* got {dtype}"):
+        torch_rpa.empty_kv_pages(4, 16, 2, 64, dtype=dtype, device=device)
 
 
 def test_empty_kv_pages_are_zeros_that_the_op_takes(device):

@@ -21,7 +21,7 @@ import torch_xla.runtime as xr
 from torch_xla._internal.jax_workarounds import jax_import_guard
 
 from torch_rpa.options import AttentionOptions
-from torch_rpa.validation import ArgSpec, check_static
+from torch_rpa.validation import ArgSpec, check_static, dtype_name
 
 _PLATFORMS = {"CPU": "cpu", "TPU": "tpu"}
 _KERNEL_CHOICES = ("auto", "xla", "interpret")
@@ -29,7 +29,7 @@ _KERNEL_CHOICES = ("auto", "xla", "interpret")
 _MAX_COMPUTATIONS = 256
 # The newest Mosaic that the pinned libtpu reads; jax 0.7.1 emits 8 by itself, which is refused.
 _MOSAIC_VERSION = 7
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()
 
 
 def call(op: str, args: dict[str, torch.Tensor], options: dict) -> list[torch.Tensor]:
@@ -98,22 +98,11 @@ def _computation(op, specs, options, kernel):
     """The lowered computation of one static configuration; checks it first."""
     platform = device_kind()
     options = AttentionOptions(**dict(options))
-    check_static(_arg_specs(specs, platform), options)
+    args = {name: ArgSpec(tuple(shape), dtype_name(dtype), str(device)) for name, shape, dtype, device in specs}
+    check_static(args, options, platform)
     if kernel not in _KERNEL_CHOICES:
         raise ValueError(f"TORCH_RPA_XLA_KERNEL must be one of {', '.join(_KERNEL_CHOICES)}, got {kernel!r}")
     return _lower(op, specs, options, platform, interpret=kernel == "interpret")
-
-
-def _arg_specs(specs, platform):
-    """Specs for the static checks, with the device as what stands behind it: "tpu:0" for "xla:0" on a TPU."""
-    return {
-        name: ArgSpec(tuple(shape), _dtype_name(dtype), str(device).replace("xla", platform))
-        for name, shape, dtype, device in specs
-    }
-
-
-def _dtype_name(dtype):
-    return str(dtype).removeprefix("torch.")
 
 
 def _lower(op, specs, options, platform, interpret):
@@ -127,7 +116,7 @@ def _lower(op, specs, options, platform, interpret):
     from torch_rpa import kernels
 
     names = [name for name, *_ in specs]
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.dtype(_dtype_name(dtype))) for _, shape, dtype, _ in specs]
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype_name(dtype))) for _, shape, dtype, _ in specs]
     kernel = getattr(kernels, op)
 
     def function(*arrays):
@@ -153,6 +142,7 @@ def lower_to_hlo(function, shapes, platform: str) -> bytes:
 
     jitted = jax.jit(function, keep_unused=True)
     with (
+        _LOCK,  # the patches are of the whole process
         jax.default_device(_lowering_device()),
         mock.patch.object(cloud_tpu_init, "running_in_cloud_tpu_vm", False),
         mock.patch.object(tpu_custom_call, "get_ir_version", return_value=_MOSAIC_VERSION),

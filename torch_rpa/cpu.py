@@ -16,6 +16,7 @@ _ROWS_PER_TILE = 128
 _KEYS_PER_BLOCK = 1024
 
 
+@torch.autocast("cpu", enabled=False)  # the matrix products here are in float32 for a reason
 def attend(
     q: torch.Tensor,
     kv_pages: torch.Tensor,
@@ -29,7 +30,7 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns out, as q, and lse, float32 [num_tokens, num_q_heads]; the arguments are those of the op."""
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    lse = torch.full(q.shape[:2], -torch.inf)
+    lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32)
     lens, starts = _active_sequences(kv_lens, cu_q_lens, num_seqs, page_indices.shape[1] * kv_pages.shape[1], len(q))
     sinks = None if sinks is None else sinks.float()
     tile_rows = options.num_queries_per_block or _ROWS_PER_TILE
@@ -109,9 +110,10 @@ def _attend_tile(q, kv_pages, pages, first_p, kv_len, sinks, options):
 def _initial_state(num_kv_heads, group, num_rows, head_dim, sinks):
     """Running maximum, sum of exponentials and weighted values, before any key: a sink is a logit without a value."""
     rows = group * num_rows
-    acc = torch.zeros(num_kv_heads, rows, head_dim)
+    acc = torch.zeros(num_kv_heads, rows, head_dim, dtype=torch.float32)
     if sinks is None:
-        return torch.full((num_kv_heads, rows, 1), -torch.inf), torch.zeros(num_kv_heads, rows, 1), acc
+        total = torch.zeros(num_kv_heads, rows, 1, dtype=torch.float32)
+        return torch.full_like(total, -torch.inf), total, acc
     top = sinks.view(num_kv_heads, group, 1).expand(-1, -1, num_rows).reshape(num_kv_heads, rows, 1)
     return top, torch.isfinite(top).float(), acc
 

@@ -17,7 +17,7 @@ import torch
 
 from torch_rpa import cpu
 from torch_rpa.options import AttentionOptions
-from torch_rpa.validation import ArgSpec, check_metadata, check_static
+from torch_rpa.validation import ArgSpec, check_metadata, check_static, dtype_name
 
 _METADATA_SCHEMA = "Tensor kv_lens, Tensor page_indices, Tensor cu_q_lens, Tensor num_seqs"
 _OPTIONS_SCHEMA = (
@@ -61,6 +61,9 @@ def check_batch(
         ValueError, TypeError, NotImplementedError: what a call refuses for its shapes, dtypes and devices.
     """
     args, _ = _read_args(q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs)
+    for name, tensor in args.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     check_static(_specs(args), AttentionOptions(sliding_window=sliding_window))
     _check_values(args, sliding_window)
 
@@ -89,7 +92,7 @@ def _update_args(q, k, v, *pages_and_metadata, **kwargs):
 
 
 def _specs(args) -> dict[str, ArgSpec]:
-    return {name: ArgSpec(tuple(t.shape), str(t.dtype)[len("torch.") :], str(t.device)) for name, t in args.items()}
+    return {name: ArgSpec(tuple(t.shape), dtype_name(t.dtype), str(t.device)) for name, t in args.items()}
 
 
 def _check_values(args, sliding_window):

@@ -1,7 +1,9 @@
 """The options of the ops, as one frozen value that every implementation reads."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
+
+_LARGEST_FLOAT32 = 2.0**128 - 2.0**104
 
 
 @dataclass(frozen=True)
@@ -45,20 +47,38 @@ class AttentionOptions:
         """What a weighted sum of stored values is multiplied by."""
         return 1.0 if self.v_scale is None else self.v_scale
 
+    def within(self, max_kv_len: int) -> "AttentionOptions":
+        """The same without a window that hides nothing in ``max_kv_len`` keys, so that positions fit in int32."""
+        if self.sliding_window is not None and self.sliding_window >= max_kv_len:
+            return replace(self, sliding_window=None)
+        return self
+
     def check(self) -> None:
-        """Raise ValueError for the first option that is out of range."""
-        if not math.isfinite(self.sm_scale):
-            raise ValueError(f"sm_scale must be finite, got {self.sm_scale}")
-        if self.soft_cap is not None and (self.soft_cap == 0 or not math.isfinite(self.soft_cap)):
-            raise ValueError(f"soft_cap must be finite and not 0, got {self.soft_cap}; None means no cap")
+        """Raise ValueError for the first option that is out of range, TypeError for one of a wrong kind."""
+        if not isinstance(self.causal, bool):
+            raise TypeError(f"causal must be True or False, got {self.causal!r}")
+        if not _is_finite("sm_scale", self.sm_scale):
+            raise ValueError(f"sm_scale must be finite in float32, got {self.sm_scale}")
+        if self.soft_cap is not None and (self.soft_cap == 0 or not _is_finite("soft_cap", self.soft_cap)):
+            raise ValueError(f"soft_cap must be finite in float32 and not 0, got {self.soft_cap}; None means no cap")
         for name in ("k_scale", "v_scale"):
             scale = getattr(self, name)
-            if scale is not None and not (scale > 0 and math.isfinite(scale)):
-                raise ValueError(f"{name} must be positive and finite, got {scale}; None means 1.0")
+            if scale is not None and not (_is_finite(name, scale) and scale > 0):
+                raise ValueError(f"{name} must be positive and finite in float32, got {scale}; None means 1.0")
         for name in ("sliding_window", "num_kv_pages_per_block", "num_queries_per_block", "vmem_limit_bytes"):
-            count = getattr(self, name)
-            if count is not None and count <= 0:
-                raise ValueError(f"{name} must be at least 1, got {count}; None means the default")
+            self._check_count(name)
+
+    def _check_count(self, name):
+        count = getattr(self, name)
+        if count is None:
+            return
+        if not isinstance(count, int) or isinstance(count, bool):
+            raise TypeError(f"{name} must be an integer or None, got {count!r}")
+        if count <= 0:
+            raise ValueError(f"{name} must be at least 1, got {count}; None means the default")
 
 
-OPTION_NAMES = tuple(field.name for field in fields(AttentionOptions))
+def _is_finite(name, value) -> bool:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return math.isfinite(value) and abs(value) <= _LARGEST_FLOAT32

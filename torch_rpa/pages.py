@@ -9,7 +9,7 @@ A token's *slot* is ``page * page_size + offset``: its row when the pages are se
 import torch
 
 from torch_rpa import native
-from torch_rpa.validation import PAGE_SIZES
+from torch_rpa.validation import FLOAT_DTYPES, MAX_HEAD_DIM, PAGE_SIZES, QUANTIZED_DTYPES, dtype_name, is_head_dim
 
 # The finite range of each 8-bit page dtype.
 _FINITE_RANGE = {torch.float8_e4m3fn: (-448.0, 448.0), torch.float8_e5m2: (-57344.0, 57344.0), torch.int8: (-128, 127)}
@@ -36,13 +36,17 @@ def empty_kv_pages(
         on a TPU where that width is a multiple of 128 (what its DMA engine moves whole).
 
     Raises:
-        ValueError: a size below 1, or a page_size that is not allowed.
+        ValueError, TypeError: sizes or a dtype that no op takes.
     """
-    for name, size in (("num_pages", num_pages), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim)):
+    for name, size in (("num_pages", num_pages), ("num_kv_heads", num_kv_heads)):
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
     if page_size not in PAGE_SIZES:
         raise ValueError(f"page_size must be a power of two from 8 to 256, got {page_size}")
+    if not is_head_dim(head_dim):
+        raise ValueError(f"head_dim must be a multiple of 8 up to {MAX_HEAD_DIM}, got {head_dim}")
+    if dtype_name(dtype) not in FLOAT_DTYPES + QUANTIZED_DTYPES:
+        raise TypeError(f"dtype must be one of {', '.join(FLOAT_DTYPES + QUANTIZED_DTYPES)}, got {dtype}")
     shape = (num_pages, page_size, 2 * num_kv_heads, head_dim)
     device = torch.device(device)
     if device.type != "xla":
@@ -74,6 +78,8 @@ def token_slots(
     """
     num_pages, page_size = kv_pages.shape[:2]
     slots = torch.full((num_tokens,), -1, dtype=torch.int64)
+    if page_indices.shape[1] == 0:
+        return slots
     for s, kv_len in enumerate(kv_lens):
         first, last = cu_q_lens[s], cu_q_lens[s + 1]
         position = torch.arange(kv_len - (last - first), kv_len)

@@ -53,12 +53,18 @@ _PAGE_FORMS = (
 )
 
 
-def check_static(args: dict[str, ArgSpec], options: AttentionOptions) -> None:
+def dtype_name(dtype) -> str:
+    """ "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def check_static(args: dict[str, ArgSpec], options: AttentionOptions, platform: str | None = None) -> None:
     """Check ranks, dtypes, shapes, devices and options of one call.
 
     Args:
         args: the tensors by argument name; ``k`` and ``v`` only for the update ops, ``sinks`` only where given.
         options: the rest of the call.
+        platform: what stands behind an XLA device, "cpu" or "tpu".
 
     Raises:
         ValueError, TypeError: the caller's mistake, the first one found.
@@ -71,7 +77,7 @@ def check_static(args: dict[str, ArgSpec], options: AttentionOptions) -> None:
     _check_heads(args)
     options.check()
     _check_scales(args, options)
-    reasons = not_supported_reasons(args)
+    reasons = not_supported_reasons(args, platform)
     if reasons:
         raise NotImplementedError("torch_rpa cannot run this call: " + "; ".join(reasons))
 
@@ -80,6 +86,11 @@ def page_shape(kv_pages_shape, head_dim) -> PageShape:
     """Sizes of pages of either form: heads [num_pages, page_size, 2 * num_kv_heads, head_dim], or flat."""
     num_pages, page_size, width = kv_pages_shape[0], kv_pages_shape[1], kv_pages_shape[2]
     return PageShape(num_pages, page_size, width // 2 if len(kv_pages_shape) == 4 else width // (2 * head_dim))
+
+
+def is_head_dim(head_dim) -> bool:
+    """Whether some device supports it."""
+    return head_dim % 8 == 0 and 0 < head_dim <= MAX_HEAD_DIM
 
 
 def _check_ranks(args):
@@ -139,7 +150,7 @@ def _check_heads(args):
     num_tokens, num_q_heads, head_dim = args["q"].shape
     if num_q_heads == 0 or head_dim == 0:
         raise ValueError(f"q must be {_SHAPES['q']} with heads and a head_dim, got shape {list(args['q'].shape)}")
-    if head_dim % 8 or head_dim > MAX_HEAD_DIM:
+    if not is_head_dim(head_dim):
         raise ValueError(f"head_dim must be a multiple of 8 up to {MAX_HEAD_DIM}, got {head_dim} (q's last dimension)")
     _check_pages(args["kv_pages"].shape, head_dim)
     num_kv_heads = page_shape(args["kv_pages"].shape, head_dim).num_kv_heads
@@ -183,14 +194,14 @@ def _check_scales(args, options):
             raise ValueError(f"{name} must be given for int8 kv_pages, got None; a stored key is int8 * k_scale")
 
 
-def not_supported_reasons(args: dict[str, ArgSpec]) -> list[str]:
+def not_supported_reasons(args: dict[str, ArgSpec], platform: str | None = None) -> list[str]:
     """Every reason why q's device cannot do a valid call, each with what would work; empty where it can."""
     kind = args["q"].device.split(":")[0]
     dtype, head_dim = args["q"].dtype, args["q"].shape[2]
     reasons = []
     if dtype == "float16" and kind not in ("cpu", "meta"):
         reasons.append(f"float16 runs on CPU tensors only, not on {kind}; use bfloat16")
-    if kind == "tpu" and head_dim not in TPU_HEAD_DIMS:
+    if platform == "tpu" and head_dim not in TPU_HEAD_DIMS:
         reasons.append(f"head_dim on TPU is one of {', '.join(map(str, TPU_HEAD_DIMS))}, got {head_dim}; pad the heads")
     return reasons
 

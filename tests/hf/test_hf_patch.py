@@ -2,6 +2,9 @@
 
 import copy
 import inspect
+import pickle
+import threading
+import time
 
 import pytest
 import torch
@@ -22,6 +25,66 @@ def test_unpatch_restores_the_model():
     assert not model._forward_pre_hooks
     assert {module.config._attn_implementation for module in model.modules() if hasattr(module, "config")} == {"eager"}
     assert torch.equal(model(torch.tensor(prompts[:1])).logits, logits)
+
+
+def test_unpatch_puts_back_the_very_same_configs_and_methods():
+    model = make_model()
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    model.generate_batch = own = lambda: "the user's"
+    hf.unpatch(hf.patch(model))
+    after = [module.config for module in model.modules() if hasattr(module, "config")]
+    assert all(a is b for a, b in zip(after, configs, strict=True))
+    assert model.generate_batch is own
+
+
+def test_a_patch_that_fails_half_way_changes_nothing(monkeypatch):
+    model = make_model()
+    config, attributes = model.config, set(vars(model))
+
+    def fail(name):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(model, "set_attn_implementation", fail)
+    with pytest.raises(RuntimeError, match="no"):
+        hf.patch(model)
+    assert model.config is config
+    assert set(vars(model)) == attributes | {"set_attn_implementation"}
+
+
+def test_a_patched_model_can_be_pickled():
+    model, prompts = make_model(), make_prompts(5, 9)
+    hf.patch(model)
+    expected = tokens(model.generate_batch(prompts, max_new_tokens=3))
+    loaded = pickle.loads(pickle.dumps(model))
+    assert tokens(loaded.generate_batch(prompts, max_new_tokens=3)) == expected
+
+
+def test_another_attention_put_on_a_patched_model_is_an_error():
+    model = hf.patch(make_model())
+    model.set_attn_implementation("eager")
+    with pytest.raises(RuntimeError, match="its attention is 'eager' now"):
+        model.generate_batch(make_prompts(3), max_new_tokens=2)
+
+
+def test_unpatch_waits_for_a_running_call():
+    model, prompts = make_model(), make_prompts(5, 9)
+    expected = plain_greedy(model, prompts, 30)
+    hf.patch(model)
+    results = []
+    call = threading.Thread(target=lambda: results.append(tokens(model.generate_batch(prompts, max_new_tokens=30))))
+    call.start()
+    while engine_of(model).num_steps < 3:
+        time.sleep(0.001)
+    hf.unpatch(model)
+    call.join()
+    assert results == [expected]
+
+
+def test_model_may_change_its_dtype_between_calls():
+    model, prompts = hf.patch(make_model()), make_prompts(5, 9)
+    model.generate_batch(prompts, max_new_tokens=2)
+    model.bfloat16()
+    assert [len(answer) for answer in tokens(model.generate_batch(prompts, max_new_tokens=2))] == [2, 2]
 
 
 def test_generate_batch_shows_its_own_signature():

@@ -2,6 +2,7 @@
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import VOCAB_SIZE, make_model, make_prompts, plain_greedy, tokens
@@ -99,7 +100,21 @@ def test_unset_fields_come_from_the_models_generation_config(model):
     assert len(tokens(model.generate_batch([[1]], GenerationConfig(max_new_tokens=2)))[0]) == 2
 
 
-@pytest.mark.parametrize("inputs", ["text", [1, 2], [["a"]]])
+def test_eos_comes_from_the_generation_configs_only(model):
+    """As in generate: a model's own config is read once, when its generation config is made."""
+    free_running = tokens(model.generate_batch([[1, 2]], max_new_tokens=6))[0]
+    model.config.eos_token_id = free_running[1]
+    assert tokens(model.generate_batch([[1, 2]], max_new_tokens=6))[0] == free_running
+    stopped = model.generate_batch([[1, 2]], GenerationConfig(eos_token_id=np.int64(free_running[1])), max_new_tokens=6)
+    assert tokens(stopped)[0] == free_running[: free_running.index(free_running[1]) + 1]
+
+
+def test_a_generation_config_of_another_type_is_refused(model):
+    with pytest.raises(TypeError, match=r"must be a transformers\.GenerationConfig, got dict"):
+        model.generate_batch([[1]], {"do_sample": True}, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("inputs", ["text", "12", ["12"], [1, 2], [["a"]], [[1.9]]])
 def test_inputs_that_are_no_lists_of_ids_are_refused(model, inputs):
     with pytest.raises(TypeError, match="list of lists of token ids"):
         model.generate_batch(inputs, max_new_tokens=1)

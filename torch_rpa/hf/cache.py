@@ -52,16 +52,15 @@ class PagedKVCache:
     model's device. A page number means that page in every layer, so one table serves them all.
     """
 
-    def __init__(self, model, num_pages: int, page_size: int, dtype: torch.dtype | None) -> None:
+    def __init__(self, model, num_pages: int, page_size: int, dtype: torch.dtype) -> None:
         config = model.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.layers = [
             torch_rpa.empty_kv_pages(
                 num_pages,
                 page_size,
                 config.num_key_value_heads,
-                head_dim,
-                dtype=model.dtype if dtype is None else dtype,
+                head_dim_of(config),
+                dtype=dtype,
                 device=model.device,
             )
             for _ in range(config.num_hidden_layers)
@@ -70,6 +69,10 @@ class PagedKVCache:
     def layer_pages(self, layer_idx: int) -> torch.Tensor:
         """The pages that attention layer `layer_idx` writes and reads."""
         return self.layers[layer_idx]
+
+
+def head_dim_of(model_config) -> int:
+    return getattr(model_config, "head_dim", None) or model_config.hidden_size // model_config.num_attention_heads
 
 
 def pages_for(num_tokens: int, page_size: int) -> int:

@@ -5,6 +5,8 @@ from itertools import pairwise
 
 import torch
 
+from torch_rpa.validation import PAGE_SIZES
+
 DEFAULT_TOKEN_BUCKETS = (8, 64, 256)
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -47,9 +49,8 @@ class EngineConfig:
 
     def _problems_with_counts(self) -> list[str]:
         problems = []
-        size = self.page_size
-        if not _is_count(size) or size & (size - 1) or not 8 <= size <= 256:
-            problems.append(f"page_size={size!r} must be a power of two from 8 to 256")
+        if not _is_count(self.page_size) or self.page_size not in PAGE_SIZES:
+            problems.append(f"page_size={self.page_size!r} must be a power of two from 8 to 256")
         if self.num_pages is not None and not _is_count(self.num_pages):
             problems.append(f"num_pages={self.num_pages!r} must be None or a positive integer")
         if not _is_count(self.max_num_seqs):

@@ -1,5 +1,6 @@
 """`model.generate_batch`, in the shape that transformers gives it."""
 
+import operator
 import time
 from collections.abc import Sequence as SequenceOf
 
@@ -50,7 +51,7 @@ def generate_batch(
     settings the engine does not have; TypeError for unknown keywords.
     """
     _refuse_keywords(unsupported)
-    if seed is not None and (not isinstance(seed, int) or seed < 0):
+    if seed is not None and operator.index(seed) < 0:
         raise ValueError(f"generate_batch: {seed=} must be None or an integer of at least 0")
     prompts = [_token_ids(prompt) for prompt in inputs]
     if not prompts:
@@ -111,8 +112,10 @@ def _output(sequence: Sequence, timestamps: list[float], timed: bool) -> Generat
 
 def _token_ids(prompt: SequenceOf[int]) -> list[int]:
     try:
-        return [int(token) for token in prompt]
-    except (TypeError, ValueError) as error:
+        if isinstance(prompt, str):
+            raise TypeError("text is not token ids")
+        return [operator.index(token) for token in prompt]
+    except TypeError as error:
         raise TypeError(
             f"generate_batch: inputs must be a list of lists of token ids; one of them is {prompt!r}"
         ) from error

@@ -1,5 +1,6 @@
 """A transformers GenerationConfig as the engine's own parameters; what has no meaning here is refused."""
 
+import operator
 from dataclasses import dataclass
 
 from transformers import GenerationConfig
@@ -44,6 +45,10 @@ def resolve(model, config: GenerationConfig | None, max_new_tokens: int | None) 
     NotImplementedError that lists every field set to something the engine does not do, ValueError for a bad
     value.
     """
+    if config is not None and not isinstance(config, GenerationConfig):
+        raise TypeError(
+            f"generate_batch: generation_config must be a transformers.GenerationConfig, got {type(config).__name__}"
+        )
     values = _merged(config, model.generation_config)
     refused = [f"{name}={value!r}" for name, value in values.items() if not _is_supported(name, value)]
     if refused:
@@ -56,7 +61,7 @@ def resolve(model, config: GenerationConfig | None, max_new_tokens: int | None) 
             "max_length; pages are reserved for the whole answer, so a limit is needed"
         )
     return RequestParams(
-        max_new_tokens, values["max_length"], _stop_token_ids(model, values["eos_token_id"]), _sampling(values)
+        max_new_tokens, values["max_length"], _stop_token_ids(values["eos_token_id"]), _sampling(values)
     )
 
 
@@ -83,11 +88,9 @@ def _sampling(values: dict) -> SamplingParams:
     )
 
 
-def _stop_token_ids(model, eos_token_id: int | list[int] | None) -> frozenset[int]:
-    """One id or several; with none in any generation config, the model config's. Negative ids mean none."""
-    if eos_token_id is None:
-        eos_token_id = getattr(model.config, "eos_token_id", None)
+def _stop_token_ids(eos_token_id: int | list[int] | None) -> frozenset[int]:
+    """One id, several or none; negative ids mean none."""
     if eos_token_id is None:
         return frozenset()
-    ids = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
-    return frozenset(int(token_id) for token_id in ids if token_id >= 0)
+    ids = eos_token_id if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
+    return frozenset(operator.index(token_id) for token_id in ids if token_id >= 0)

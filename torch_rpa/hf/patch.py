@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from types import MethodType
+from functools import partial
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from torch_rpa.hf import attention
 from torch_rpa.hf.config import DEFAULT_TOKEN_BUCKETS, EngineConfig
 from torch_rpa.hf.generate import generate_batch
-from torch_rpa.hf.state import PatchState, attach, detach
+from torch_rpa.hf.state import PatchState, attach, detach, is_patched, state_of
 from torch_rpa.hf.support import not_supported_reasons
 
 
@@ -45,33 +45,51 @@ def patch(
         raise NotImplementedError(f"torch_rpa.hf.patch: {type(model).__name__}: " + "; ".join(reasons))
     unpatch(model)
     attention.register()
-    own_configs = _give_own_config(model)
-    former = [(own, own._attn_implementation) for own in own_configs]
-    model.set_attn_implementation(attention.NAME)
+    former_configs = _give_own_config(model)
+    try:
+        model.set_attn_implementation(attention.NAME)
+    except BaseException:
+        _restore_configs(former_configs)
+        raise
     hook = model.register_forward_pre_hook(_check_call, with_kwargs=True)
-    attach(model, PatchState(config, former, hook))
-    model.__dict__["generate_batch"] = MethodType(generate_batch, model)
+    attach(model, PatchState(config, former_configs, model.__dict__.get("generate_batch"), hook))
+    method = partial(generate_batch, model)  # unlike a bound method, it can be pickled
+    method.__doc__ = generate_batch.__doc__
+    model.__dict__["generate_batch"] = method
     return model
 
 
 def unpatch(model: PreTrainedModel) -> PreTrainedModel:
-    """Undo `patch`: the former attention, the class's generate_batch, no cache. A model not patched stays as it is."""
-    state = detach(model)
-    if state is not None:
-        for config, implementation in state.former_implementations:
-            config._attn_implementation_internal = implementation
+    """Undo `patch`: the former configs, attention and generate_batch, no cache. A model not patched stays as it is.
+
+    Waits for a generate_batch of another thread to end.
+    """
+    if not is_patched(model):
+        return model
+    with state_of(model).lock:
+        state = detach(model)
+        _restore_configs(state.former_configs)
         state.hook.remove()
         del model.__dict__["generate_batch"]
+        if state.former_generate_batch is not None:
+            model.__dict__["generate_batch"] = state.former_generate_batch
     return model
 
 
-def _give_own_config(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """Replace every module's config by a copy, the same copy for the same config, and list the copies."""
+def _give_own_config(model: PreTrainedModel) -> list[tuple[torch.nn.Module, PreTrainedConfig]]:
+    """Replace every module's config by a copy, the same copy for the same config; list who had which."""
     memo: dict = {}
+    former = []
     for module in model.modules():
         if isinstance(config := module.__dict__.get("config"), PreTrainedConfig):
+            former.append((module, config))
             module.config = copy.deepcopy(config, memo)
-    return [copied for copied in memo.values() if isinstance(copied, PreTrainedConfig)]
+    return former
+
+
+def _restore_configs(former_configs: list[tuple[torch.nn.Module, PreTrainedConfig]]) -> None:
+    for module, config in former_configs:
+        module.config = config
 
 
 def _check_call(model: PreTrainedModel, args: tuple, kwargs: dict) -> None:

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from torch_rpa.hf import attention
 from torch_rpa.hf.batch import BatchLayout
 from torch_rpa.hf.cache import PagedKVCache, pages_for, pool_pages
 from torch_rpa.hf.config import EngineConfig
@@ -28,6 +29,12 @@ class ModelRunner:
 
     def run(self, chunks: list[Chunk]) -> list[int]:
         """Run the chunks and give the token sampled after each one's last row, in their order."""
+        implementation = self.model.config._attn_implementation
+        if implementation != attention.NAME:
+            raise RuntimeError(
+                f"this model was patched by torch_rpa.hf, but its attention is {implementation!r} now: "
+                "leave set_attn_implementation alone, or patch again"
+            )
         num_tokens = sum(chunk.num_tokens for chunk in chunks)
         layout = BatchLayout(self.config.bucket_for(num_tokens), self.config.max_num_seqs, self.pages_per_seq)
         cache = self._ready_cache()
@@ -74,8 +81,10 @@ class ModelRunner:
         return self._upload(pack_sampling(params, uniforms, self.config.max_num_seqs))
 
     def _ready_cache(self) -> PagedKVCache:
-        """The cache on the model's device, made at first use or when the model has moved since."""
-        if self._cache is None or self._cache.layers[0].device != self.model.device:
-            self._cache = None  # free the old pages before new ones are made
-            self._cache = PagedKVCache(self.model, self.num_pages, self.config.page_size, self.config.kv_dtype)
+        """The cache in the model's dtype, on its device; made at first use or when the model has changed since."""
+        dtype = self.config.kv_dtype or self.model.dtype
+        pages = None if self._cache is None else self._cache.layers[0]
+        if pages is None or (pages.device, pages.dtype) != (self.model.device, dtype):
+            pages = self._cache = None  # free the old pages before new ones are made
+            self._cache = PagedKVCache(self.model, self.num_pages, self.config.page_size, dtype)
         return self._cache

@@ -61,7 +61,7 @@ def sample(logits: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
     # u * total rather than u: the kept probabilities need not sum to one. The last kept token catches
     # rounding.
     rank = (cumulative <= uniform * cumulative[:, -1:]).sum(-1, keepdim=True)
-    last_kept = (probs > 0).sum(-1, keepdim=True) - 1
+    last_kept = ((probs > 0).sum(-1, keepdim=True) - 1).clamp(min=0)  # NaN logits keep none
     return token_ids.gather(-1, torch.minimum(rank, last_kept))[:, 0].to(torch.int32)
 
 

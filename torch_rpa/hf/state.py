@@ -1,9 +1,10 @@
 """What `patch` keeps on a model: how to undo it, and the engine once it is needed."""
 
-import copy
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -17,29 +18,37 @@ _ATTRIBUTE = "_torch_rpa"
 class PatchState:
     """Lives on the patched model itself, so that there is no global state.
 
-    former_implementations  the model's own configs, each with the attention it had before
-    lock                    held while requests run: the engine is not thread-safe
+    former_configs         the model's modules, each with the config it had before
+    former_generate_batch  one that the user had put on the model, or None
+    lock                   held while requests run: the engine is not thread-safe
     """
 
     config: EngineConfig
-    former_implementations: list[tuple[PreTrainedConfig, str | None]]
+    former_configs: list[tuple[torch.nn.Module, PreTrainedConfig]]
+    former_generate_batch: Callable | None
     hook: RemovableHandle
     engine: Engine | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def __deepcopy__(self, memo: dict) -> "PatchState":
-        """A deep copy of a patched model is patched too, with an engine, a cache and a lock of its own."""
-        former, hook = copy.deepcopy((self.former_implementations, self.hook), memo)
-        return PatchState(self.config, former, hook)
+    def __getstate__(self) -> dict:
+        """A copy or a pickle of a patched model is patched too, with an engine, a cache and a lock of its own."""
+        return {**vars(self), "engine": None, "lock": None}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state, lock=threading.Lock())
 
 
 def attach(model: PreTrainedModel, state: PatchState) -> None:
     model.__dict__[_ATTRIBUTE] = state
 
 
-def detach(model: PreTrainedModel) -> PatchState | None:
-    """Take the state off the model; None if it is not patched."""
-    return model.__dict__.pop(_ATTRIBUTE, None)
+def detach(model: PreTrainedModel) -> PatchState:
+    """Take the state off a patched model."""
+    return model.__dict__.pop(_ATTRIBUTE)
+
+
+def is_patched(model: PreTrainedModel) -> bool:
+    return _ATTRIBUTE in model.__dict__
 
 
 def state_of(model: PreTrainedModel) -> PatchState:

@@ -1,6 +1,8 @@
 """Which models can be patched, and every reason why one cannot."""
 
+from torch_rpa.hf.cache import head_dim_of
 from torch_rpa.hf.config import FP8_DTYPES, EngineConfig
+from torch_rpa.validation import MAX_HEAD_DIM, is_head_dim
 
 # Decoders whose attention is plain causal (or windowed) grouped-query attention with RoPE in every layer.
 SUPPORTED_CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -34,9 +36,9 @@ def _config_reasons(config) -> list[str]:
         reasons.append("config.is_causal is False; only causal attention is supported")
     if config.output_attentions:
         reasons.append("config.output_attentions is True, but the probabilities are never materialised")
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if head_dim % 8 or head_dim > 256:
-        reasons.append(f"{head_dim=} is not a multiple of 8 up to 256")
+    head_dim = head_dim_of(config)
+    if not is_head_dim(head_dim):
+        reasons.append(f"{head_dim=} is not a multiple of 8 up to {MAX_HEAD_DIM}")
     return reasons
 
 

@@ -60,7 +60,9 @@ def attend(q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sinks, optio
     if num_tokens == 0 or page_indices.size == 0:  # no row belongs to a sequence
         return jnp.zeros_like(q), jnp.full((num_tokens, num_q_heads), -jnp.inf, jnp.float32)
     kv_pages = kv_pages.reshape(num_pages, page_size, num_kv_heads, 2, head_dim)
+    options = options.within(page_indices.shape[1] * page_size)
     block_pages = options.num_kv_pages_per_block or max(1, _KEYS_PER_BLOCK // page_size)
+    block_pages = min(block_pages, page_indices.shape[1])
     tile_rows = options.num_queries_per_block or max(1, _ROWS_PER_MATRIX * num_kv_heads // num_q_heads)
     tile_rows = min(tile_rows, num_tokens)
     seqs = _sequences(kv_lens, cu_q_lens, num_seqs, num_tokens, page_indices.shape[1] * page_size)
@@ -104,7 +106,8 @@ def write_kv_pages(k, v, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, o
     position = seqs.kv_len[s] - seqs.q_len[s] + row - seqs.first_row[s]
     page = page_indices[s, jnp.clip(position // page_size, 0, page_indices.shape[1] - 1)]
     # Padding rows, and rows without a place, go past the last slot, where a scatter drops them.
-    inside = (row < jnp.sum(seqs.q_len)) & (position >= 0) & (page >= 0) & (page < num_pages)
+    inside = (row >= seqs.first_row[s]) & (row < seqs.first_row[s] + seqs.q_len[s])
+    inside &= (position >= 0) & (page >= 0) & (page < num_pages)
     slot = jnp.where(inside, page * page_size + position % page_size, num_pages * page_size)
     new = jnp.stack([_quantize(k, kv_pages.dtype, options.k_scale), _quantize(v, kv_pages.dtype, options.v_scale)], 2)
     tokens = _as_bits(kv_pages).reshape(num_pages * page_size, num_kv_heads * 2 * head_dim)
@@ -214,7 +217,8 @@ def _as_bits(x):
 def _quantize(x, dtype, scale):
     """``x / scale`` as ``dtype``: rounded to nearest even and clamped; plain casts wrap or give NaN."""
     if scale is not None:
-        x = x.astype(jnp.float32) / scale
+        # Behind the barrier the scale is no constant, whose reciprocal XLA would multiply by: that rounds otherwise.
+        x = x.astype(jnp.float32) / lax.optimization_barrier(jnp.float32(scale))
     if dtype == jnp.int8:
         return jnp.nan_to_num(jnp.clip(jnp.round(x.astype(jnp.float32)), -128, 127)).astype(dtype)
     return _round_to_fp8(x, dtype) if dtype.itemsize == 1 else x.astype(dtype)
