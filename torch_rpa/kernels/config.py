@@ -1,0 +1,186 @@
+"""Shapes, block sizes and memory of one compiled kernel: frozen facts that every other module reads.
+
+    q, out [num_tokens, num_q_heads * head_dim]           kv_pages [num_pages, page_size, 2 * num_kv_heads * head_dim]
+
+      row block 0  +-----------------+  sequence 0          sequence 1, pages in the order of its page table:
+                   | s0 s0 s0 s0 s0  |  rows 0-4
+                   | s1              |  row 5 (decode)      | page 7 | page 2 | page 9 | page 4 | page 0 |~ tail ~|
+                   | s2 s2 s2 s2 s2  |  rows 6-             |<- key block 0 ->|<- key block 1 ->|<- key block 2 ->|
+      row block 1  +-----------------+                      (whole pages; blocks count from the sequence's start)
+                   | s2 s2 s2        |  rows -16
+                   | padding, zeros  |                      one token of a page, heads interleaved on lanes:
+                   +-----------------+                      | K0 | V0 | K1 | V1 | ...   head_dim lanes each
+
+    row block    ``block_rows`` rows of q and out: one grid step, staged by BlockSpec
+    tile         the rows of one sequence inside one row block; the unit that key blocks are fetched for
+    key block    ``block_pages`` pages of one sequence, all heads: one slot of the ring of ``num_slots`` buffers
+    chunk        the keys of one softmax step: ``decode_chunk_pages`` or ``prefill_chunk_pages`` pages
+    row step     ``step_rows`` rows of the matrix of a KV head, in which row ``r * group + g`` is row r of its g-th query
+                 head: [group, head_dim] for a decode row, [step_rows, head_dim] for a prefill tile
+"""
+
+from dataclasses import dataclass
+from math import gcd
+
+import jax.numpy as jnp
+
+from torch_rpa.options import AttentionOptions
+from torch_rpa.validation import page_shape
+
+LANES = 128
+# Rows that one copy loop of the kernel moves: a whole tile of the narrowest q dtype.
+COPY_ROWS = 16
+# Rows of q and out staged at once.
+_BLOCK_ROWS = 128
+_KEYS_PER_BLOCK = 512
+_DECODE_KEYS_PER_CHUNK = 256
+_PREFILL_KEYS_PER_CHUNK = 512
+_STEP_ROWS = 128
+_NUM_SLOTS = 4
+_DEFAULT_VMEM_LIMIT_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """One compiled program: everything but the values of the arrays.
+
+    Attributes:
+        block_rows, block_pages, num_slots, decode_chunk_pages, prefill_chunk_pages, step_rows: see the figure.
+        kv_dtype, q_dtype: names of dtypes.
+        with_lse, with_sinks: whether lse is written, whether sinks are read.
+    """
+
+    num_tokens: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_pages: int
+    page_size: int
+    max_num_seqs: int
+    pages_per_seq: int
+    q_dtype: str
+    kv_dtype: str
+    options: AttentionOptions
+    with_lse: bool
+    with_sinks: bool
+    block_rows: int
+    block_pages: int
+    num_slots: int
+    decode_chunk_pages: int
+    prefill_chunk_pages: int
+    step_rows: int
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a KV head."""
+        return self.num_q_heads // self.num_kv_heads
+
+    @property
+    def block_keys(self) -> int:
+        return self.block_pages * self.page_size
+
+    @property
+    def num_row_blocks(self) -> int:
+        return -(-self.num_tokens // self.block_rows)
+
+    @property
+    def kv_width(self) -> int:
+        """Lanes of one token in a page."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+    @property
+    def compute_dtype(self):
+        """What the matrix unit multiplies; it accumulates in float32."""
+        return jnp.bfloat16 if self.q_dtype == "bfloat16" else jnp.float32
+
+    @property
+    def lane_parts(self) -> int:
+        """Pieces that a head's rows are kept in: one at most a vector register wide has its rows at any offset."""
+        return 1 if self.head_dim <= LANES else 2
+
+    @property
+    def heads_per_step(self) -> int:
+        """KV heads computed in one iteration of a loop: the fewest whose lanes begin at a multiple of 128."""
+        fewest = LANES // gcd(LANES, 2 * self.head_dim)
+        return fewest if self.num_kv_heads % fewest == 0 else self.num_kv_heads
+
+    @property
+    def rows_shape(self) -> tuple[int, ...]:
+        """float32 scratch that holds q, or the accumulator, of a row block; a row step may reach past its end."""
+        matrix_rows = self.block_rows * self.group + self.step_rows
+        return self.num_kv_heads, self.lane_parts, matrix_rows, self.head_dim // self.lane_parts
+
+    @property
+    def statistics_shape(self) -> tuple[int, ...]:
+        """float32 scratch for the maximum, or the sum, of every matrix row, the same in each lane."""
+        return self.num_kv_heads, self.rows_shape[2], LANES
+
+    @property
+    def kv_buffer_shape(self) -> tuple[int, ...]:
+        return self.num_slots, self.block_pages, self.page_size, self.kv_width
+
+    @property
+    def vmem_bytes(self) -> int:
+        """Bytes of VMEM that the scratch and the staged row blocks take, without the compiler's own."""
+        staged = 2 * 2 * _padded_bytes((self.block_rows, self.num_q_heads * self.head_dim), self.q_dtype)
+        staged += 2 * _padded_bytes((self.block_rows, self.num_q_heads), "float32") * self.with_lse
+        scratch = 2 * _padded_bytes(self.rows_shape, "float32") + 2 * _padded_bytes(self.statistics_shape, "float32")
+        return staged + scratch + _padded_bytes(self.kv_buffer_shape, self.kv_dtype)
+
+    @property
+    def smem_bytes(self) -> int:
+        """Bytes of SMEM that the metadata takes."""
+        return 4 * (self.max_num_seqs * (self.pages_per_seq + 2) + 2)
+
+    @property
+    def vmem_limit_bytes(self) -> int:
+        return self.options.vmem_limit_bytes or _DEFAULT_VMEM_LIMIT_BYTES
+
+
+def _padded_bytes(shape, dtype) -> int:
+    """Bytes of an array whose last dimension is padded to whole vector registers."""
+    *outer, lanes = shape
+    count = -(-lanes // LANES) * LANES
+    for size in outer:
+        count *= size
+    return count * jnp.dtype(dtype).itemsize
+
+
+def make_config(q, kv_pages, page_indices, options: AttentionOptions, *, with_lse, with_sinks) -> KernelConfig:
+    """The configuration for arrays of these shapes and dtypes.
+
+    Args:
+        q: [num_tokens, num_q_heads, head_dim]; kv_pages of either form; page_indices [max_num_seqs, pages_per_seq]:
+            arrays, or anything with a shape and a dtype.
+        options: its block sizes override the choice made here.
+    """
+    num_tokens, num_q_heads, head_dim = q.shape
+    pages = page_shape(kv_pages.shape, head_dim)
+    group = num_q_heads // pages.num_kv_heads
+    block_pages = options.num_kv_pages_per_block or _pages_of(_KEYS_PER_BLOCK, pages.page_size)
+    block_rows = max(COPY_ROWS, -(-(options.num_queries_per_block or _BLOCK_ROWS) // COPY_ROWS) * COPY_ROWS)
+    return KernelConfig(
+        num_tokens=num_tokens,
+        num_q_heads=num_q_heads,
+        num_kv_heads=pages.num_kv_heads,
+        head_dim=head_dim,
+        num_pages=pages.num_pages,
+        page_size=pages.page_size,
+        max_num_seqs=page_indices.shape[0],
+        pages_per_seq=page_indices.shape[1],
+        q_dtype=q.dtype.name,
+        kv_dtype=kv_pages.dtype.name,
+        options=options,
+        with_lse=with_lse,
+        with_sinks=with_sinks,
+        block_rows=min(block_rows, -(-num_tokens // COPY_ROWS) * COPY_ROWS),
+        block_pages=block_pages,
+        num_slots=_NUM_SLOTS,
+        decode_chunk_pages=gcd(block_pages, _pages_of(_DECODE_KEYS_PER_CHUNK, pages.page_size)),
+        prefill_chunk_pages=gcd(block_pages, _pages_of(_PREFILL_KEYS_PER_CHUNK, pages.page_size)),
+        step_rows=min(_STEP_ROWS, -(-num_tokens * group // 8) * 8),
+    )
+
+
+def _pages_of(keys, page_size):
+    return max(1, keys // page_size)
