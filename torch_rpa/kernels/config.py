@@ -21,6 +21,7 @@
 
 from dataclasses import dataclass
 from math import gcd
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
@@ -36,8 +37,17 @@ _KEYS_PER_BLOCK = 512
 _DECODE_KEYS_PER_CHUNK = 256
 _PREFILL_KEYS_PER_CHUNK = 512
 _STEP_ROWS = 128
+# Lanes of one token that a decode step takes at once.
+_SET_LANES = 2048
 _NUM_SLOTS = 4
 _DEFAULT_VMEM_LIMIT_BYTES = 64 * 2**20
+
+
+class HeadLanes(NamedTuple):
+    """Where a KV head's lanes stand in a decode matrix: the first head's, and how far it is to the next head's."""
+
+    first: int
+    step: int
 
 
 @dataclass(frozen=True)
@@ -105,6 +115,40 @@ class KernelConfig:
         return fewest if self.num_kv_heads % fewest == 0 else self.num_kv_heads
 
     @property
+    def set_heads(self) -> int:
+        """KV heads that a decode step computes together."""
+        most = max(self.heads_per_step, _SET_LANES // (2 * self.head_dim))
+        steps = self.num_kv_heads // self.heads_per_step
+        return max(n for n in range(1, steps + 1) if steps % n == 0 and n * self.heads_per_step <= most) * (
+            self.heads_per_step
+        )
+
+    @property
+    def num_head_sets(self) -> int:
+        return self.num_kv_heads // self.set_heads
+
+    @property
+    def splits_kv(self) -> bool:
+        """Whether K and V are whole vector registers, and so come apart for free."""
+        return self.head_dim % LANES == 0
+
+    @property
+    def k_lanes(self) -> HeadLanes:
+        """Of a head in a decode step's q and k."""
+        return HeadLanes(0, self.head_dim if self.splits_kv else 2 * self.head_dim)
+
+    @property
+    def v_lanes(self) -> HeadLanes:
+        """Of a head in a decode step's acc and v."""
+        return HeadLanes(0 if self.splits_kv else self.head_dim, self.k_lanes.step)
+
+    def widen(self, kv):
+        """Stored keys or values in the dtype to compute in, not scaled."""
+        if kv.dtype.itemsize == 1 and kv.dtype != jnp.int8:
+            kv = kv.astype(jnp.float32)  # Mosaic casts fp8 to and from float32 only
+        return kv.astype(self.compute_dtype)
+
+    @property
     def rows_shape(self) -> tuple[int, ...]:
         """float32 scratch that holds q, or the accumulator, of a row block; a row step may reach past its end."""
         matrix_rows = self.block_rows * self.group + self.step_rows
@@ -116,6 +160,13 @@ class KernelConfig:
         return self.num_kv_heads, self.rows_shape[2], LANES
 
     @property
+    def float32_scratch(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of q_rows, acc_rows, top_rows, total_rows, decode_q, decode_acc, decode_top, decode_total."""
+        heads = self.num_head_sets, self.set_heads * self.group
+        decode_matrix = *heads, self.set_heads * self.k_lanes.step
+        return *[self.rows_shape] * 2, *[self.statistics_shape] * 2, *[decode_matrix] * 2, *[(*heads, LANES)] * 2
+
+    @property
     def kv_buffer_shape(self) -> tuple[int, ...]:
         return self.num_slots, self.block_pages, self.page_size, self.kv_width
 
@@ -124,7 +175,7 @@ class KernelConfig:
         """Bytes of VMEM that the scratch and the staged row blocks take, without the compiler's own."""
         staged = 2 * 2 * _padded_bytes((self.block_rows, self.num_q_heads * self.head_dim), self.q_dtype)
         staged += 2 * _padded_bytes((self.block_rows, self.num_q_heads), "float32") * self.with_lse
-        scratch = 2 * _padded_bytes(self.rows_shape, "float32") + 2 * _padded_bytes(self.statistics_shape, "float32")
+        scratch = sum(_padded_bytes(shape, "float32") for shape in self.float32_scratch)
         return staged + scratch + _padded_bytes(self.kv_buffer_shape, self.kv_dtype)
 
     @property

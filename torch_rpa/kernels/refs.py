@@ -1,0 +1,45 @@
+"""The arrays that one launch of the kernel reads and writes, by name, with their shapes."""
+
+from typing import Any, NamedTuple
+
+
+class Refs(NamedTuple):
+    """Every ref of the kernel, in the order of its arguments; sizes are named in ``config.py``.
+
+    Matrix row ``r * group + g`` of a KV head is row r of the row block for the g-th query head that shares it.
+    """
+
+    kv_lens: Any  # SMEM int32 [max_num_seqs]
+    page_indices: Any  # SMEM int32 [max_num_seqs * pages_per_seq]
+    cu_q_lens: Any  # SMEM int32 [max_num_seqs + 1]
+    num_seqs: Any  # SMEM int32 [1]
+    sinks: Any  # SMEM float32 [num_q_heads], or None
+    q: Any  # VMEM [block_rows, num_q_heads * head_dim]
+    kv_pages_hbm: Any  # HBM [num_pages, page_size, kv_width]
+    out: Any  # VMEM, as q
+    lse: Any  # VMEM float32 [block_rows, num_q_heads], or None
+    q_rows: Any  # VMEM float32 [num_kv_heads, lane_parts, matrix rows, head_dim / lane_parts]
+    acc_rows: Any  # VMEM, as q_rows
+    top_rows: Any  # VMEM float32 [num_kv_heads, matrix rows, 128], the same in every lane
+    total_rows: Any  # VMEM, as top_rows
+    decode_q: Any  # VMEM float32 [num_head_sets, query heads of a set, k lanes of a set]
+    decode_acc: Any  # VMEM float32 [num_head_sets, query heads of a set, v lanes of a set]
+    decode_top: Any  # VMEM float32 [num_head_sets, query heads of a set, 128], the same in every lane
+    decode_total: Any  # VMEM, as decode_top
+    kv_buffer: Any  # VMEM [num_slots, block_pages, page_size, kv_width]
+    kv_sems: Any  # DMA semaphores [num_slots]
+    cursor: Any  # SMEM int32 [7]: where the batch stands, kept from one row block to the next
+
+
+class Keys(NamedTuple):
+    """The keys of one softmax step: ``num_pages`` pages of a slot from ``first_page`` on.
+
+    Attributes:
+        first_key, count: in tokens of the sequence.
+    """
+
+    slot: Any
+    first_page: Any
+    num_pages: int
+    first_key: Any
+    count: int
