@@ -12,11 +12,12 @@
                    +-----------------+                      | K0 | V0 | K1 | V1 | ...   head_dim lanes each
 
     row block    ``block_rows`` rows of q and out: one grid step, staged by BlockSpec
-    tile         the rows of one sequence inside one row block; the unit that key blocks are fetched for
+    tile         the rows of one sequence inside one row block
     key block    ``block_pages`` pages of one sequence, all heads: one slot of the ring of ``num_slots`` buffers
-    chunk        the keys of one softmax step: ``decode_chunk_pages`` or ``prefill_chunk_pages`` pages
-    row step     ``step_rows`` rows of the matrix of a KV head, in which row ``r * group + g`` is row r of its g-th query
-                 head: [group, head_dim] for a decode row, [step_rows, head_dim] for a prefill tile
+    item         a tile and one of its key blocks: the unit of fetching and of computing
+    decode group ``group_items`` items of decode rows, computed together, each with the query heads of a set of KV heads
+    row step     ``step_rows`` rows of a prefill tile's matrix of one KV head, in which row ``r * group + g`` is row r for
+                 the g-th query head that shares it
 """
 
 from dataclasses import dataclass
@@ -33,13 +34,12 @@ LANES = 128
 COPY_ROWS = 16
 # Rows of q and out staged at once.
 _BLOCK_ROWS = 128
-_KEYS_PER_BLOCK = 512
-_DECODE_KEYS_PER_CHUNK = 256
-_PREFILL_KEYS_PER_CHUNK = 512
+_KEYS_PER_BLOCK = 256
 _STEP_ROWS = 128
 # Lanes of one token that a decode step takes at once.
 _SET_LANES = 2048
-_NUM_SLOTS = 4
+_NUM_SLOTS = 8
+_GROUP_ITEMS = 4
 _DEFAULT_VMEM_LIMIT_BYTES = 64 * 2**20
 
 
@@ -55,7 +55,7 @@ class KernelConfig:
     """One compiled program: everything but the values of the arrays.
 
     Attributes:
-        block_rows, block_pages, num_slots, decode_chunk_pages, prefill_chunk_pages, step_rows: see the figure.
+        block_rows, block_pages, num_slots, group_items, step_rows: see the figure.
         kv_dtype, q_dtype: names of dtypes.
         with_lse, with_sinks: whether lse is written, whether sinks are read.
     """
@@ -76,8 +76,7 @@ class KernelConfig:
     block_rows: int
     block_pages: int
     num_slots: int
-    decode_chunk_pages: int
-    prefill_chunk_pages: int
+    group_items: int
     step_rows: int
 
     @property
@@ -163,8 +162,9 @@ class KernelConfig:
     def float32_scratch(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of q_rows, acc_rows, top_rows, total_rows, decode_q, decode_acc, decode_top, decode_total."""
         heads = self.num_head_sets, self.set_heads * self.group
-        decode_matrix = *heads, self.set_heads * self.k_lanes.step
-        return *[self.rows_shape] * 2, *[self.statistics_shape] * 2, *[decode_matrix] * 2, *[(*heads, LANES)] * 2
+        decode_q = self.group_items, *heads, self.set_heads * self.k_lanes.step
+        decode_state = (*heads, self.head_dim), (*heads, LANES), (*heads, LANES)
+        return *[self.rows_shape] * 2, *[self.statistics_shape] * 2, decode_q, *decode_state
 
     @property
     def kv_buffer_shape(self) -> tuple[int, ...]:
@@ -208,7 +208,7 @@ def make_config(q, kv_pages, page_indices, options: AttentionOptions, *, with_ls
     num_tokens, num_q_heads, head_dim = q.shape
     pages = page_shape(kv_pages.shape, head_dim)
     group = num_q_heads // pages.num_kv_heads
-    block_pages = options.num_kv_pages_per_block or _pages_of(_KEYS_PER_BLOCK, pages.page_size)
+    block_pages = options.num_kv_pages_per_block or max(1, _KEYS_PER_BLOCK // pages.page_size)
     block_rows = max(COPY_ROWS, -(-(options.num_queries_per_block or _BLOCK_ROWS) // COPY_ROWS) * COPY_ROWS)
     return KernelConfig(
         num_tokens=num_tokens,
@@ -227,11 +227,7 @@ def make_config(q, kv_pages, page_indices, options: AttentionOptions, *, with_ls
         block_rows=min(block_rows, -(-num_tokens // COPY_ROWS) * COPY_ROWS),
         block_pages=block_pages,
         num_slots=_NUM_SLOTS,
-        decode_chunk_pages=gcd(block_pages, _pages_of(_DECODE_KEYS_PER_CHUNK, pages.page_size)),
-        prefill_chunk_pages=gcd(block_pages, _pages_of(_PREFILL_KEYS_PER_CHUNK, pages.page_size)),
+        group_items=_GROUP_ITEMS,
         step_rows=min(_STEP_ROWS, -(-num_tokens * group // 8) * 8),
     )
 
-
-def _pages_of(keys, page_size):
-    return max(1, keys // page_size)

@@ -1,85 +1,96 @@
-"""Attention of one decode row: all query heads of a set of KV heads in two matrix products.
+"""Attention of decode rows: for each item, all query heads of a set of KV heads in two matrix products.
 
-    q of a set, block-diagonal               k of a chunk                      scores
+    q of a set, block-diagonal               k of an item                      scores
     [heads, set_heads * head_dim]    @    [keys, set_heads * head_dim].T   =   [heads, keys]
 
-            K0 lanes   K1 lanes                 v of the chunk                 acc, of which the diagonal is used
+            K0 lanes   K1 lanes                 v of the item                  of which the diagonal is kept
     head 0  | q0 q0 |         |      weights @ [keys, set_heads * head_dim]  = |  o0  |      |
     head 1  | q1 q1 |         |                                                |  o1  |      |
     head 2  |       | q2 q2   |                                                |      |  o2  |
     head 3  |       | q3 q3   |                                                |      |  o3  |
 
-The zeros cost nothing: K and V pass the matrix unit once either way, and that is what a decode step pays for. In return
+The zeros cost little: K and V pass the matrix unit once either way, and that is what a decode step pays for. In return
 all heads' scores lie in one dense array, and the softmax of 32 heads is as long as that of one.
 
+One item is a chain of long latencies (product, maximum, exponential, product), so several items of whatever rows are
+computed side by side, each for itself (flash decoding, https://pytorch.org/blog/flash-decoding), and then merged in
+their order into the state of their rows: what a row gives does not depend on the items beside its own.
+
 Where head_dim is no multiple of 128, K and V are not taken apart: the lanes ``K0 V0 K1 V1`` stay as they are, q has zeros
-in V's lanes, and acc has V's sums beside sums over K that nobody reads.
+in V's lanes, and the product has V's sums beside sums over K that nobody reads.
 """
+
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
 from torch_rpa import mask
-from torch_rpa.kernels import schedule, softmax
+from torch_rpa.kernels import softmax, worklist
 from torch_rpa.kernels.config import LANES, KernelConfig
-from torch_rpa.kernels.refs import Keys, Refs
+from torch_rpa.kernels.refs import Refs
+from torch_rpa.kernels.schedule import Item
 from torch_rpa.kernels.softmax import State
 
 
-def clear_batch(config: KernelConfig, refs: Refs):
+class Member(NamedTuple):
+    """One place of a group: an item and its slot, or nothing, with garbage in the slot."""
+
+    is_item: Any
+    slot: Any
+    item: Item
+
+
+def clear_batch(refs: Refs):
     """Once for a batch: zeros outside the diagonal of q."""
     refs.decode_q[...] = jnp.zeros(refs.decode_q.shape, jnp.float32)
 
 
-def start_row(config: KernelConfig, refs: Refs, row):
-    """Put the row's queries on the diagonal; no key seen yet."""
-    for head, part, place in _diagonal(config, config.k_lanes):
-        q = refs.q_rows.at[head, part][pl.ds(row * config.group, config.group), :]
-        refs.decode_q.at[place[0]][place[1:]] = q
-    refs.decode_acc[...] = jnp.zeros(refs.decode_acc.shape, jnp.float32)
-    refs.decode_top[...] = jnp.full(refs.decode_top.shape, softmax.LOWEST, jnp.float32)
-    refs.decode_total[...] = jnp.zeros(refs.decode_total.shape, jnp.float32)
+def attend_group(config: KernelConfig, refs: Refs, fetch, row_block, slot):
+    """The decode items from ``slot`` on, as many as make a group; returns how many. There is at least one."""
+    members = _members(config, refs, row_block, slot)
+    all_inside = True
+    for place, (is_item, slot, item) in enumerate(members):
+        fetch.wait(slot, jnp.where(is_item, item.num_pages, 0))
+        _put_q(config, refs, place, jnp.where(is_item, item.row, 0))
+        is_inside = (item.first_key >= item.start) & (item.first_key + config.block_keys <= item.end)
+        all_inside &= is_item & is_inside
+    pl.when(all_inside)(lambda: _attend_members(config, refs, members, is_edge=False))
+    pl.when(~all_inside)(lambda: _attend_members(config, refs, members, is_edge=True))
+    return sum(member.is_item.astype(jnp.int32) for member in members)
 
 
-def finish_row(config: KernelConfig, refs: Refs, row):
-    """Put the row's results where those of prefill rows stand."""
-    matrix_rows = pl.ds(row * config.group, config.group)
-    for head, part, (head_set, heads, lanes) in _diagonal(config, config.v_lanes):
-        refs.acc_rows.at[head, part][matrix_rows, :] = refs.decode_acc[head_set, heads, lanes]
-        refs.top_rows.at[head][matrix_rows, :] = refs.decode_top[head_set, heads, :]
-        refs.total_rows.at[head][matrix_rows, :] = refs.decode_total[head_set, heads, :]
+def _members(config: KernelConfig, refs: Refs, row_block, slot) -> list[Member]:
+    members, is_item = [], True
+    for _ in range(config.group_items):
+        item = worklist.item_at(refs, slot)
+        is_item &= (item.row_block == row_block) & item.is_decode
+        members.append(Member(is_item, slot, item))
+        slot = worklist.slot_after(config, slot)
+    return members
 
 
-def attend_block(config: KernelConfig, refs: Refs, tile: schedule.Tile, slot, block):
-    """The row over the chunks of one key block that it needs."""
-    chunk_pages = config.decode_chunk_pages
-    chunk_keys = chunk_pages * config.page_size
-
-    def attend_chunk(chunk, _):
-        first_key = block * config.block_keys + chunk * chunk_keys
-        keys = Keys(slot, chunk * chunk_pages, chunk_pages, first_key, chunk_keys)
-        is_inside = (first_key >= tile.start) & (first_key + chunk_keys <= tile.end)
-        pl.when(is_inside)(lambda: _attend_chunk(config, refs, tile, keys, is_edge=False))
-        pl.when(~is_inside)(lambda: _attend_chunk(config, refs, tile, keys, is_edge=True))
-
-    lax.fori_loop(*schedule.needed_chunks(tile, block, config.block_keys, chunk_keys), attend_chunk, None)
+def _put_q(config: KernelConfig, refs: Refs, place, row):
+    """The row's queries on the diagonal of the group's q number ``place``."""
+    width = config.head_dim // config.lane_parts
+    for head in range(config.num_kv_heads):
+        head_set, n = divmod(head, config.set_heads)
+        for part in range(config.lane_parts):
+            lane = n * config.k_lanes.step + part * width
+            q = refs.q_rows.at[head, part][pl.ds(row * config.group, config.group), :]
+            refs.decode_q[place, head_set, n * config.group : (n + 1) * config.group, lane : lane + width] = q
 
 
-def _attend_chunk(config: KernelConfig, refs: Refs, tile, keys: Keys, is_edge):
-    """Every head set over one chunk; ``is_edge`` if some of its keys are not seen."""
+def _attend_members(config: KernelConfig, refs: Refs, members: list[Member], is_edge):
+    """Every head set of every member; ``is_edge`` if some of their keys are not seen."""
 
     def attend_set(head_set, _):
-        k, v = _load_kv(config, refs, keys, head_set)
-        q = refs.decode_q[head_set].astype(config.compute_dtype)
-        scores = softmax.logits(q, k, scale=config.options.score_scale, soft_cap=config.options.soft_cap)
-        if is_edge:
-            scores, v = _hide(config, tile, keys, scores, v)
-        state = State(refs.decode_top[head_set][:, :1], refs.decode_total[head_set][:, :1], refs.decode_acc[head_set])
-        state = softmax.update(state, scores, v)
-        refs.decode_top[head_set] = jnp.broadcast_to(state.top, refs.decode_top.shape[1:])
-        refs.decode_total[head_set] = jnp.broadcast_to(state.total, refs.decode_total.shape[1:])
-        refs.decode_acc[head_set] = state.acc
+        parts = _attend_each(config, refs, members, head_set, is_edge)
+        states = _merge(config, refs, members, head_set, parts)
+        for member, state in zip(members, states, strict=True):
+            done = member.is_item & member.item.is_last
+            pl.when(done)(lambda state=state, item=member.item: _put_state(config, refs, head_set, item.row, state))
 
     if config.num_head_sets == 1:
         attend_set(0, None)
@@ -87,39 +98,78 @@ def _attend_chunk(config: KernelConfig, refs: Refs, tile, keys: Keys, is_edge):
         lax.fori_loop(0, config.num_head_sets, attend_set, None)
 
 
-def _load_kv(config: KernelConfig, refs: Refs, keys: Keys, head_set):
-    """k [keys, k_lanes] and v [keys, v_lanes] of a set."""
+def _attend_each(config: KernelConfig, refs: Refs, members: list[Member], head_set, is_edge) -> list[State]:
+    """The state of every member alone, stage by stage: the matrix unit works in program order, and must not wait."""
+    kv = [_load_kv(config, refs, member.slot, head_set) for member in members]
+    q = [refs.decode_q[place, head_set].astype(config.compute_dtype) for place in range(len(members))]
+    scale, soft_cap = config.options.score_scale, config.options.soft_cap
+    scores = [softmax.logits(q, k, scale=scale, soft_cap=soft_cap) for q, (k, _) in zip(q, kv, strict=True)]
+    values = [v for _, v in kv]
+    if is_edge:
+        scores, values = zip(*map(lambda *args: _hide(config, *args), members, scores, values), strict=True)
+    weighed = [softmax.weigh(s) for s in scores]
+    sums = [softmax.sum_values(weights, v) for (_, weights, _), v in zip(weighed, values, strict=True)]
+    return [State(top, total, _diagonal(config, acc)) for (top, _, total), acc in zip(weighed, sums, strict=True)]
+
+
+def _merge(config: KernelConfig, refs: Refs, members: list[Member], head_set, parts: list[State]) -> list[State]:
+    """The state of every member's row after it; that of the last one is kept for the next group."""
+    kept = refs.decode_top, refs.decode_total, refs.decode_acc
+    state, states = State(*(ref[head_set] for ref in kept)), []
+    for member, part in zip(members, parts, strict=True):
+        is_new = member.is_item & member.item.is_first
+        state = State(*(jnp.where(is_new, *pair) for pair in zip(softmax.EMPTY, state, strict=True)))
+        state = softmax.merge(state, part)
+        states.append(state)
+    for ref, value in zip(kept, state, strict=True):
+        ref[head_set] = value
+    return states
+
+
+def _load_kv(config: KernelConfig, refs: Refs, slot, head_set):
+    """k and v [keys, lanes] of a set."""
     lanes = config.set_heads * 2 * config.head_dim
     first_lane = head_set * lanes if isinstance(head_set, int) else pl.multiple_of(head_set * lanes, LANES)
-    kv = refs.kv_buffer[keys.slot, pl.ds(keys.first_page, keys.num_pages), :, pl.ds(first_lane, lanes)]
-    kv = config.widen(kv).reshape(keys.count, lanes)
+    kv = config.widen(refs.kv_buffer[slot, :, :, pl.ds(first_lane, lanes)]).reshape(config.block_keys, lanes)
     if not config.splits_kv:
         return kv, kv
     halves = [kv[:, i * config.head_dim : (i + 1) * config.head_dim] for i in range(2 * config.set_heads)]
     return jnp.concatenate(halves[0::2], axis=1), jnp.concatenate(halves[1::2], axis=1)
 
 
-def _hide(config: KernelConfig, tile, keys: Keys, scores, v):
+def _hide(config: KernelConfig, member: Member, scores, v):
     """Scores with -inf and values with zeros where the row sees no key; there v may be anything, and 0 * NaN is NaN."""
+    item = member.item
+    start, end = jnp.where(member.is_item, item.start, 0), jnp.where(member.is_item, item.end, 0)
 
     def seen(shape, axis):
-        j = keys.first_key + lax.broadcasted_iota(jnp.int32, shape, axis)
-        return (j >= tile.start) & (j < tile.end) & mask.visible(tile.first_p, j, **config.options.mask)
+        j = item.first_key + lax.broadcasted_iota(jnp.int32, shape, axis)
+        return (j >= start) & (j < end) & mask.visible(item.first_p, j, **config.options.mask)
 
-    scores = jnp.where(seen((1, keys.count), 1), scores, -jnp.inf)
-    return scores, jnp.where(seen((keys.count, 1), 0), v, jnp.zeros_like(v))
+    scores = jnp.where(seen((1, config.block_keys), 1), scores, -jnp.inf)
+    return scores, jnp.where(seen((config.block_keys, 1), 0), v, jnp.zeros_like(v))
 
 
-def _diagonal(config: KernelConfig, lanes):
-    """For every piece of a KV head: head, part, and its place (set, query heads, lanes) in q or acc.
+def _diagonal(config: KernelConfig, acc):
+    """[heads, head_dim]: of every query head the lanes of its own KV head, from [heads, set_heads * lanes]."""
+    head = lax.broadcasted_iota(jnp.int32, (acc.shape[0], 1), 0)
+    diagonal = jnp.zeros((acc.shape[0], config.head_dim), jnp.float32)
+    for n in range(config.set_heads):
+        first, step = config.v_lanes
+        lane = first + n * step
+        is_mine = (head >= n * config.group) & (head < (n + 1) * config.group)
+        diagonal = jnp.where(is_mine, acc[:, lane : lane + config.head_dim], diagonal)
+    return diagonal
 
-    Args:
-        lanes: of a head, k_lanes or v_lanes: where its piece begins and how far it is to the next head's.
-    """
+
+def _put_state(config: KernelConfig, refs: Refs, head_set, row, state: State):
+    """A finished row's state to where those of prefill rows stand."""
+    matrix_rows = pl.ds(row * config.group, config.group)
     width = config.head_dim // config.lane_parts
-    for head in range(config.num_kv_heads):
-        head_set, n = divmod(head, config.set_heads)
+    for n in range(config.set_heads):
+        head = head_set * config.set_heads + n
+        top, total, acc = (x[n * config.group : (n + 1) * config.group] for x in state)
+        refs.top_rows.at[head][matrix_rows, :] = top
+        refs.total_rows.at[head][matrix_rows, :] = total
         for part in range(config.lane_parts):
-            lane = lanes.first + n * lanes.step + part * width
-            heads = slice(n * config.group, (n + 1) * config.group)
-            yield head, part, (head_set, heads, slice(lane, lane + width))
+            refs.acc_rows.at[head, part][matrix_rows, :] = acc[:, part * width : (part + 1) * width]

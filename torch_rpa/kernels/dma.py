@@ -34,13 +34,13 @@ class PageFetch(NamedTuple):
 
         lax.fori_loop(first_page, end_page, start_page, None)
 
-    def wait(self, slot, first_page, end_page):
-        """Wait for what ``start`` began with the same pages."""
+    def wait(self, slot, num_pages):
+        """Wait for what ``start`` began."""
 
         def wait_page(i, _):
             self._copy(0, slot, 0).wait()  # a wait counts bytes: any page will do
 
-        lax.fori_loop(first_page, end_page, wait_page, None)
+        lax.fori_loop(0, num_pages, wait_page, None)
 
     def _copy(self, page, slot, place):
         return pltpu.make_async_copy(self.kv_pages_hbm.at[page], self.kv_buffer.at[slot, place], self.sems.at[slot])

@@ -2,16 +2,14 @@
 
 Every row attends over the pages of its own sequence. Decode rows and prefill tiles of one batch run in one launch; the
 schedule follows in the kernel from kv_lens, cu_q_lens and num_seqs. The figure in ``config.py`` has the names. Timeline
-of one row block, with the key blocks of its tiles in a row:
+of one row block:
 
     [A] regroup q's rows by KV head (``rows.py``)
-    for each tile of the row block
-        [B] clear the tile's state
-        for each key block
-            [C] fetch the block that comes num_slots - 1 items later, of whatever tile and row block (``worklist.py``)
-            [D] wait for this block's pages (``dma.py``)
-            [E] online softmax: a decode row's heads together (``decode.py``), a prefill tile head by head (``prefill.py``)
-    [F] divide by the sums, put the rows back on [tokens, heads * head_dim], zeros in padding rows (``rows.py``)
+    while the next item of the list belongs to the row block (``worklist.py``)
+        [B] wait for its pages (``dma.py``)
+        [C] online softmax: decode rows by groups of items (``decode.py``), a prefill tile head by head (``prefill.py``)
+        [D] fetch into the slots that became free, of whatever tile, sequence and row block comes next
+    [E] divide by the sums, put the rows back on [tokens, heads * head_dim], zeros in padding rows (``rows.py``)
 
 q and out are taken as [tokens, heads * head_dim] and pages as [.., 2 * num_kv_heads * head_dim]: tokens on sublanes, so
 that a head's K or V is a plain load, and so that the reshapes around the kernel fold into a model's projections.
@@ -23,10 +21,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from torch_rpa.kernels import decode, prefill, rows, schedule, worklist
+from torch_rpa.kernels import decode, prefill, rows, worklist
 from torch_rpa.kernels.config import KernelConfig, make_config
 from torch_rpa.kernels.dma import PageFetch
 from torch_rpa.kernels.refs import Refs
+from torch_rpa.kernels.schedule import Item
 
 
 def attend(q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sinks, options, *, with_lse, interpret=False):
@@ -76,6 +75,7 @@ def _scratch_shapes(config: KernelConfig):
         pltpu.VMEM(config.kv_buffer_shape, config.kv_dtype),
         pltpu.SemaphoreType.DMA((config.num_slots,)),
         pltpu.SMEM((worklist.CURSOR_SIZE,), jnp.int32),
+        pltpu.SMEM((config.num_slots * len(Item._fields),), jnp.int32),
     ]
 
 
@@ -94,28 +94,24 @@ def _kernel(config: KernelConfig, refs: Refs):
 
     @pl.when(row_block == 0)
     def _():
-        decode.clear_batch(config, refs)
+        decode.clear_batch(refs)
         worklist.start_batch(config, refs, fetch)
 
     rows.regroup_q(config, refs)  # [A]
-    worklist.for_each_tile(
-        config, refs, row_block, lambda seq, tile, slot: _attend_tile(config, refs, fetch, tile, slot)
-    )
-    rows.write_rows(config, refs, row_block)  # [F]
 
+    def attend_items(work):
+        slot, _ = work
+        item = worklist.item_at(refs, slot)
+        count = lax.cond(
+            item.is_decode,
+            lambda: decode.attend_group(config, refs, fetch, row_block, slot),  # [B] [C]
+            lambda: prefill.attend_item(config, refs, fetch, item, slot),  # [B] [C]
+        )
+        worklist.fetch_next(config, refs, fetch, count)  # [D]
+        slot = worklist.slot_after(config, slot, count)
+        return slot, worklist.is_in(refs, slot, row_block)
 
-def _attend_tile(config: KernelConfig, refs: Refs, fetch: PageFetch, tile: schedule.Tile, slot):
-    """All key blocks of one tile, the first of which is in ``slot``; returns the slot of the item after them."""
-
-    def attend_block(block, slot):
-        worklist.fetch_next(config, refs, fetch)  # [C]
-        fetch.wait(slot, *schedule.needed_pages(config, tile, block))  # [D]
-        pl.when(tile.is_decode)(lambda: decode.attend_block(config, refs, tile, slot, block))  # [E]
-        pl.when(~tile.is_decode)(lambda: prefill.attend_block(config, refs, tile, slot, block))
-        return worklist.next_slot(config, slot)
-
-    pl.when(tile.is_decode)(lambda: decode.start_row(config, refs, tile.row))  # [B]
-    pl.when(~tile.is_decode)(lambda: prefill.start_tile(config, refs, tile))
-    slot = lax.fori_loop(tile.first_block, tile.end_block, attend_block, slot)
-    pl.when(tile.is_decode)(lambda: decode.finish_row(config, refs, tile.row))
-    return slot
+    slot = refs.cursor[worklist.WORK_SLOT]
+    slot, _ = lax.while_loop(lambda work: work[1], attend_items, (slot, worklist.is_in(refs, slot, row_block)))
+    refs.cursor[worklist.WORK_SLOT] = slot
+    rows.write_rows(config, refs, row_block)  # [E]

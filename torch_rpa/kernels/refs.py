@@ -22,24 +22,11 @@ class Refs(NamedTuple):
     acc_rows: Any  # VMEM, as q_rows
     top_rows: Any  # VMEM float32 [num_kv_heads, matrix rows, 128], the same in every lane
     total_rows: Any  # VMEM, as top_rows
-    decode_q: Any  # VMEM float32 [num_head_sets, query heads of a set, k lanes of a set]
-    decode_acc: Any  # VMEM float32 [num_head_sets, query heads of a set, v lanes of a set]
+    decode_q: Any  # VMEM float32 [group_items, num_head_sets, query heads of a set, k lanes of a set]
+    decode_acc: Any  # VMEM float32 [num_head_sets, query heads of a set, head_dim]: of the row that an item left unfinished
     decode_top: Any  # VMEM float32 [num_head_sets, query heads of a set, 128], the same in every lane
     decode_total: Any  # VMEM, as decode_top
     kv_buffer: Any  # VMEM [num_slots, block_pages, page_size, kv_width]
     kv_sems: Any  # DMA semaphores [num_slots]
-    cursor: Any  # SMEM int32 [7]: where the batch stands, kept from one row block to the next
-
-
-class Keys(NamedTuple):
-    """The keys of one softmax step: ``num_pages`` pages of a slot from ``first_page`` on.
-
-    Attributes:
-        first_key, count: in tokens of the sequence.
-    """
-
-    slot: Any
-    first_page: Any
-    num_pages: int
-    first_key: Any
-    count: int
+    cursor: Any  # SMEM int32: where the batch stands (``worklist.py``), kept from one row block to the next
+    items: Any  # SMEM int32 [num_slots * len(Item)]: what is in each slot

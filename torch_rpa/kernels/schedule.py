@@ -67,18 +67,53 @@ def make_tile(config: KernelConfig, row_block, first_row, end_row, kv_len) -> Ti
     )
 
 
+class Item(NamedTuple):
+    """One key block of one tile: what the kernel has to know of it once its pages are on their way.
+
+    Attributes:
+        row_block: the tile's; the number of row blocks for an item past the end of the list.
+        row, num_rows, first_p, is_decode, start, end: the tile's.
+        is_first, is_last: whether the block is the tile's first, its last.
+        first_key: position of the block's first key.
+        num_pages: how many of its pages are fetched.
+    """
+
+    row_block: int
+    row: int
+    num_rows: int
+    first_p: int
+    is_decode: bool
+    start: int
+    end: int
+    is_first: bool
+    is_last: bool
+    first_key: int
+    num_pages: int
+
+
+def make_item(config: KernelConfig, row_block, tile: Tile, block) -> Item:
+    """The item of key block ``block`` of a tile."""
+    first_page, end_page = needed_pages(config, tile, block)
+    return Item(
+        row_block=row_block,
+        row=tile.row,
+        num_rows=tile.num_rows,
+        first_p=tile.first_p,
+        is_decode=tile.is_decode,
+        start=tile.start,
+        end=tile.end,
+        is_first=block == tile.first_block,
+        is_last=block + 1 == tile.end_block,
+        first_key=block * config.block_keys,
+        num_pages=jnp.maximum(end_page - first_page, 0),
+    )
+
+
 def needed_pages(config: KernelConfig, tile: Tile, block):
     """The pages ``first <= i < end`` of a tile's sequence that its key block ``block`` fetches."""
     first = jnp.maximum(whole_blocks(tile.start, config.page_size), block * config.block_pages)
     end = jnp.minimum(blocks_of(tile.end, config.page_size), (block + 1) * config.block_pages)
     return first, jnp.minimum(end, config.pages_per_seq)
-
-
-def needed_chunks(tile: Tile, block, block_keys, chunk_keys):
-    """The chunks ``first <= c < end`` of key block ``block``, counted from its start, with keys that the tile needs."""
-    first = whole_blocks(jnp.maximum(tile.start - block * block_keys, 0), chunk_keys)
-    end = blocks_of(jnp.clip(tile.end - block * block_keys, 0, block_keys), chunk_keys)
-    return first, end
 
 
 def whole_blocks(count, size: int):

@@ -16,17 +16,25 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from torch_rpa.kernels.config import LANES
+
 LOG2_E = math.log2(math.e)
 # Below every logit, and finite: top - top must not be NaN.
 LOWEST = -1e37
 
 
 class State(NamedTuple):
-    """top and total, float32 [rows, 1]; acc, float32 [rows, head_dim]."""
+    """top and total, float32 [rows, 128], the same in every lane; acc, float32 [rows, head_dim].
+
+    Vector units broadcast along sublanes for free, but not along lanes: what every lane needs is kept in every lane.
+    """
 
     top: jax.Array
     total: jax.Array
     acc: jax.Array
+
+
+EMPTY = State(LOWEST, 0.0, 0.0)  # before any key
 
 
 def logits(q, k, *, scale: float, soft_cap: float | None):
@@ -37,18 +45,45 @@ def logits(q, k, *, scale: float, soft_cap: float | None):
     return jnp.tanh(scores * (scale / soft_cap)) * (soft_cap * LOG2_E)
 
 
-def update(state: State, scores, values) -> State:
-    """The state after one more chunk.
+def weigh(scores, top=LOWEST):
+    """The new top [rows, 128], the weights [rows, keys] relative to it, and their sum [rows, 128].
 
     Args:
         scores: float32 [rows, keys] from ``logits``, -inf where a row does not see a key.
-        values: [keys, head_dim], finite: 0 * NaN is NaN. Weights are rounded to their dtype.
+        top: of the keys before, [rows, 128].
     """
-    top = jnp.maximum(state.top, scores.max(axis=1, keepdims=True))
-    weights = jnp.exp2(scores - top)
+    top = jnp.maximum(jnp.broadcast_to(scores.max(axis=1, keepdims=True), (len(scores), LANES)), top)
+    weights = jnp.exp2(scores - lanes(top, scores.shape[1]))
+    return top, weights, jnp.broadcast_to(weights.sum(axis=1, keepdims=True), top.shape)
+
+
+def sum_values(weights, values):
+    """float32 [rows, head_dim]; values [keys, head_dim] must be finite: 0 * NaN is NaN. Weights get their dtype."""
+    return _matmul(weights.astype(values.dtype), values, contract=0)
+
+
+def update(state: State, scores, values) -> State:
+    """The state after one more chunk, with scores and values as in ``weigh`` and ``sum_values``."""
+    top, weights, total = weigh(scores, state.top)
     decay = jnp.exp2(state.top - top)
-    total = state.total * decay + weights.sum(axis=1, keepdims=True)
-    return State(top, total, state.acc * decay + _matmul(weights.astype(values.dtype), values, contract=0))
+    acc = state.acc * lanes(decay, state.acc.shape[1]) + sum_values(weights, values)
+    return State(top, state.total * decay + total, acc)
+
+
+def merge(a: State, b: State) -> State:
+    """The state of the keys of both."""
+    top = jnp.maximum(a.top, b.top)
+    decay_a, decay_b = jnp.exp2(a.top - top), jnp.exp2(b.top - top)
+    width = b.acc.shape[1]
+    acc = a.acc * lanes(decay_a, width) + b.acc * lanes(decay_b, width)
+    return State(top, a.total * decay_a + b.total * decay_b, acc)
+
+
+def lanes(x, count):
+    """[rows, count] from [rows, 128] that is the same in every lane."""
+    if count <= LANES:
+        return x[:, :count]
+    return jnp.concatenate([x] * -(-count // LANES), axis=1)[:, :count]
 
 
 def finish(top, total, sink=None):
