@@ -62,7 +62,9 @@ def _pallas_call(config: KernelConfig, interpret):
         ),
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",), vmem_limit_bytes=config.vmem_limit_bytes
+            dimension_semantics=("arbitrary",),
+            vmem_limit_bytes=config.vmem_limit_bytes,
+            disable_bounds_checks=True,  # page numbers are clipped; the checks would cost more than the DMA
         ),
         interpret=interpret,
         name="ragged_paged_attention",
@@ -97,7 +99,7 @@ def _kernel(config: KernelConfig, refs: Refs):
         decode.clear_batch(refs)
         worklist.start_batch(config, refs, fetch)
 
-    rows.regroup_q(config, refs)  # [A]
+    rows.regroup_q(config, refs, row_block)  # [A]
 
     def attend_items(work):
         slot, _ = work

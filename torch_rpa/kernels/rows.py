@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from torch_rpa.kernels import softmax
+from torch_rpa.kernels import schedule, softmax
 from torch_rpa.kernels.config import COPY_ROWS, KernelConfig
 from torch_rpa.kernels.refs import Refs
 from torch_rpa.kernels.worklist import active_seqs
 
 
-def regroup_q(config: KernelConfig, refs: Refs):
+def regroup_q(config: KernelConfig, refs: Refs, row_block):
     """q's rows as float32, the query heads of a KV head next to each other: matrix row r * group + g."""
 
     def regroup(i, _):
@@ -24,12 +24,12 @@ def regroup_q(config: KernelConfig, refs: Refs):
             q = refs.q[rows, lane : lane + lanes].astype(jnp.float32)
             refs.q_rows.at[head // config.group, part][matrix_rows, :] = q
 
-    lax.fori_loop(0, config.block_rows // COPY_ROWS, regroup, None)
+    lax.fori_loop(0, schedule.blocks_of(_end_row(config, refs, row_block), COPY_ROWS), regroup, None)
 
 
 def write_rows(config: KernelConfig, refs: Refs, row_block):
     """out (and lse) of the row block: every row divided by its sum, zeros where no sequence has a row."""
-    end_row = jnp.clip(refs.cu_q_lens[active_seqs(config, refs)], 0, config.num_tokens) - row_block * config.block_rows
+    end_row = _end_row(config, refs, row_block)
     head_lanes = lax.broadcasted_iota(jnp.int32, (COPY_ROWS, config.num_q_heads), 1)
 
     def write(i, _):
@@ -47,7 +47,21 @@ def write_rows(config: KernelConfig, refs: Refs, row_block):
         if config.with_lse:
             refs.lse[rows, :] = lse
 
-    lax.fori_loop(0, config.block_rows // COPY_ROWS, write, None)
+    def write_padding(i, _):
+        rows = pl.ds(pl.multiple_of(i * COPY_ROWS, COPY_ROWS), COPY_ROWS)
+        refs.out[rows, :] = jnp.zeros((COPY_ROWS, refs.out.shape[1]), refs.out.dtype)
+        if config.with_lse:
+            refs.lse[rows, :] = jnp.full((COPY_ROWS, config.num_q_heads), -jnp.inf, jnp.float32)
+
+    first_padding = schedule.blocks_of(end_row, COPY_ROWS)
+    lax.fori_loop(0, first_padding, write, None)
+    lax.fori_loop(first_padding, config.block_rows // COPY_ROWS, write_padding, None)
+
+
+def _end_row(config: KernelConfig, refs: Refs, row_block):
+    """How many rows of the row block belong to a sequence: the first ones."""
+    end_row = jnp.clip(refs.cu_q_lens[active_seqs(config, refs)], 0, config.num_tokens)
+    return jnp.clip(end_row - row_block * config.block_rows, 0, config.block_rows)
 
 
 def _places(config: KernelConfig, first_row):
