@@ -32,6 +32,8 @@ from torch_rpa.validation import page_shape
 LANES = 128
 # Rows that one copy loop of the kernel moves: a whole tile of the narrowest q dtype.
 COPY_ROWS = 16
+# Rows that a DMA may take of a page, whatever its dtype.
+_UNIT_TOKENS = 32
 # Rows of q and out staged at once.
 _BLOCK_ROWS = 128
 _KEYS_PER_BLOCK = 256
@@ -91,6 +93,15 @@ class KernelConfig:
     @property
     def num_row_blocks(self) -> int:
         return -(-self.num_tokens // self.block_rows)
+
+    @property
+    def unit_tokens(self) -> int:
+        """Tokens that a DMA moves at least."""
+        return min(self.page_size, _UNIT_TOKENS)
+
+    @property
+    def units_per_page(self) -> int:
+        return self.page_size // self.unit_tokens
 
     @property
     def kv_width(self) -> int:

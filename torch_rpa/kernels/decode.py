@@ -52,7 +52,7 @@ def attend_group(config: KernelConfig, refs: Refs, fetch, row_block, slot):
     members = _members(config, refs, row_block, slot)
     all_inside = True
     for place, (is_item, slot, item) in enumerate(members):
-        fetch.wait(slot, jnp.where(is_item, item.num_pages, 0))
+        fetch.wait(slot, jnp.where(is_item, item.num_units, 0))
         _put_q(config, refs, place, jnp.where(is_item, item.row, 0))
         is_inside = (item.first_key >= item.start) & (item.first_key + config.block_keys <= item.end)
         all_inside &= is_item & is_inside

@@ -92,7 +92,7 @@ def _name_refs(config: KernelConfig, refs) -> Refs:
 def _kernel(config: KernelConfig, refs: Refs):
     """One row block."""
     row_block = pl.program_id(0)
-    fetch = PageFetch(refs.page_indices, refs.kv_pages_hbm, refs.kv_buffer, refs.kv_sems, config.pages_per_seq)
+    fetch = PageFetch(config, refs.page_indices, refs.kv_pages_hbm, refs.kv_buffer, refs.kv_sems)
 
     @pl.when(row_block == 0)
     def _():

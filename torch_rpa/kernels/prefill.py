@@ -31,7 +31,7 @@ class Rows(NamedTuple):
 
 def attend_item(config: KernelConfig, refs: Refs, fetch, item: Item, slot):
     """Every KV head of the item's tile over its key block; returns how many items that were: 1."""
-    fetch.wait(slot, item.num_pages)
+    fetch.wait(slot, item.num_units)
     pl.when(item.is_first)(lambda: _clear_tile(config, refs, item))
     heads, lanes = config.heads_per_step, config.heads_per_step * 2 * config.head_dim
 

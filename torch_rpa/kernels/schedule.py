@@ -75,7 +75,7 @@ class Item(NamedTuple):
         row, num_rows, first_p, is_decode, start, end: the tile's.
         is_first, is_last: whether the block is the tile's first, its last.
         first_key: position of the block's first key.
-        num_pages: how many of its pages are fetched.
+        num_units: how much of it is fetched, see ``Pages``.
     """
 
     row_block: int
@@ -88,12 +88,12 @@ class Item(NamedTuple):
     is_first: bool
     is_last: bool
     first_key: int
-    num_pages: int
+    num_units: int
 
 
 def make_item(config: KernelConfig, row_block, tile: Tile, block) -> Item:
     """The item of key block ``block`` of a tile."""
-    first_page, end_page = needed_pages(config, tile, block)
+    pages = needed_pages(config, tile, block)
     return Item(
         row_block=row_block,
         row=tile.row,
@@ -105,15 +105,27 @@ def make_item(config: KernelConfig, row_block, tile: Tile, block) -> Item:
         is_first=block == tile.first_block,
         is_last=block + 1 == tile.end_block,
         first_key=block * config.block_keys,
-        num_pages=jnp.maximum(end_page - first_page, 0),
+        num_units=(pages.end_full - pages.first) * config.units_per_page + pages.tail_units,
     )
 
 
-def needed_pages(config: KernelConfig, tile: Tile, block):
-    """The pages ``first <= i < end`` of a tile's sequence that its key block ``block`` fetches."""
+class Pages(NamedTuple):
+    """What a key block fetches: pages ``first <= i < end_full`` of the sequence, and ``tail_units`` of page end_full."""
+
+    first: int
+    end_full: int
+    tail_units: int
+
+
+def needed_pages(config: KernelConfig, tile: Tile, block) -> Pages:
+    """What the key block ``block`` of a tile's sequence has to fetch."""
     first = jnp.maximum(whole_blocks(tile.start, config.page_size), block * config.block_pages)
-    end = jnp.minimum(blocks_of(tile.end, config.page_size), (block + 1) * config.block_pages)
-    return first, jnp.minimum(end, config.pages_per_seq)
+    end = jnp.minimum(tile.end, (block + 1) * config.block_keys)
+    # Of the last page as many units as hold tokens; all of them is a full page.
+    units = blocks_of(end, config.unit_tokens)
+    end_full = jnp.maximum(whole_blocks(units, config.units_per_page), first)
+    tail_units = jnp.maximum(units - end_full * config.units_per_page, 0)
+    return Pages(first, end_full, tail_units)
 
 
 def whole_blocks(count, size: int):

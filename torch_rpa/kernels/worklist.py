@@ -60,7 +60,7 @@ def _fetch_one(config: KernelConfig, refs: Refs, fetch):
     def _():
         tile = _tile_of(config, refs, seq, row_block)
         block = jnp.maximum(cursor[_BLOCK], tile.first_block)
-        fetch.start(slot, seq, block, *schedule.needed_pages(config, tile, block))
+        fetch.start(slot, seq, block, schedule.needed_pages(config, tile, block))
         item = schedule.make_item(config, row_block, tile, block)
         for i, value in enumerate(item):
             refs.items[slot * len(item) + i] = jnp.asarray(value, jnp.int32)
