@@ -95,6 +95,11 @@ class KernelConfig:
         return -(-self.num_tokens // self.block_rows)
 
     @property
+    def short_pages(self) -> int:
+        """Pages of a block that a decode group computes where no member needs more."""
+        return max(1, self.block_pages // 2)
+
+    @property
     def unit_tokens(self) -> int:
         """Tokens that a DMA moves at least."""
         return min(self.page_size, _UNIT_TOKENS)

@@ -50,15 +50,24 @@ def clear_batch(refs: Refs):
 def attend_group(config: KernelConfig, refs: Refs, fetch, row_block, slot):
     """The decode items from ``slot`` on, as many as make a group; returns how many. There is at least one."""
     members = _members(config, refs, row_block, slot)
-    all_inside = True
-    for place, (is_item, slot, item) in enumerate(members):
-        fetch.wait(slot, jnp.where(is_item, item.num_units, 0))
-        _put_q(config, refs, place, jnp.where(is_item, item.row, 0))
-        is_inside = (item.first_key >= item.start) & (item.first_key + config.block_keys <= item.end)
-        all_inside &= is_item & is_inside
-    pl.when(all_inside)(lambda: _attend_members(config, refs, members, is_edge=False))
-    pl.when(~all_inside)(lambda: _attend_members(config, refs, members, is_edge=True))
+    for place, member in enumerate(members):
+        fetch.wait(member.slot, jnp.where(member.is_item, member.item.num_units, 0))
+        _put_q(config, refs, place, jnp.where(member.is_item, member.item.row, 0))
+    all_inside, all_short = _kinds(config, members)
+    pl.when(all_inside)(lambda: _attend_members(config, refs, members, config.block_pages, is_edge=False))
+    pl.when(~all_inside & ~all_short)(lambda: _attend_members(config, refs, members, config.block_pages, is_edge=True))
+    if config.short_pages < config.block_pages:  # half a block is half the work
+        pl.when(all_short)(lambda: _attend_members(config, refs, members, config.short_pages, is_edge=True))
     return sum(member.is_item.astype(jnp.int32) for member in members)
+
+
+def _kinds(config: KernelConfig, members: list[Member]):
+    """Whether all keys of all members are seen, and whether no member needs more than ``short_pages`` of its block."""
+    all_inside, all_short = True, config.short_pages < config.block_pages
+    for is_item, _, item in members:
+        all_inside &= is_item & (item.first_key >= item.start) & (item.first_key + config.block_keys <= item.end)
+        all_short &= ~is_item | (item.end - item.first_key <= config.short_pages * config.page_size)
+    return all_inside, all_short
 
 
 def _members(config: KernelConfig, refs: Refs, row_block, slot) -> list[Member]:
@@ -82,11 +91,11 @@ def _put_q(config: KernelConfig, refs: Refs, place, row):
             refs.decode_q[place, head_set, n * config.group : (n + 1) * config.group, lane : lane + width] = q
 
 
-def _attend_members(config: KernelConfig, refs: Refs, members: list[Member], is_edge):
-    """Every head set of every member; ``is_edge`` if some of their keys are not seen."""
+def _attend_members(config: KernelConfig, refs: Refs, members: list[Member], num_pages, is_edge):
+    """Every head set of every member, on the first ``num_pages`` of its block; ``is_edge`` if some key is not seen."""
 
     def attend_set(head_set, _):
-        parts = _attend_each(config, refs, members, head_set, is_edge)
+        parts = _attend_each(config, refs, members, head_set, num_pages, is_edge)
         states = _merge(config, refs, members, head_set, parts)
         for member, state in zip(members, states, strict=True):
             done = member.is_item & member.item.is_last
@@ -98,9 +107,9 @@ def _attend_members(config: KernelConfig, refs: Refs, members: list[Member], is_
         lax.fori_loop(0, config.num_head_sets, attend_set, None)
 
 
-def _attend_each(config: KernelConfig, refs: Refs, members: list[Member], head_set, is_edge) -> list[State]:
+def _attend_each(config: KernelConfig, refs: Refs, members: list[Member], head_set, num_pages, is_edge) -> list[State]:
     """The state of every member alone, stage by stage: the matrix unit works in program order, and must not wait."""
-    kv = [_load_kv(config, refs, member.slot, head_set) for member in members]
+    kv = [_load_kv(config, refs, member.slot, head_set, num_pages) for member in members]
     q = [refs.decode_q[place, head_set].astype(config.compute_dtype) for place in range(len(members))]
     scale, soft_cap = config.options.score_scale, config.options.soft_cap
     scores = [softmax.logits(q, k, scale=scale, soft_cap=soft_cap) for q, (k, _) in zip(q, kv, strict=True)]
@@ -126,11 +135,11 @@ def _merge(config: KernelConfig, refs: Refs, members: list[Member], head_set, pa
     return states
 
 
-def _load_kv(config: KernelConfig, refs: Refs, slot, head_set):
+def _load_kv(config: KernelConfig, refs: Refs, slot, head_set, num_pages):
     """k and v [keys, lanes] of a set."""
     lanes = config.set_heads * 2 * config.head_dim
     first_lane = head_set * lanes if isinstance(head_set, int) else pl.multiple_of(head_set * lanes, LANES)
-    kv = config.widen(refs.kv_buffer[slot, :, :, pl.ds(first_lane, lanes)]).reshape(config.block_keys, lanes)
+    kv = config.widen(refs.kv_buffer[slot, pl.ds(0, num_pages), :, pl.ds(first_lane, lanes)]).reshape(-1, lanes)
     if not config.splits_kv:
         return kv, kv
     halves = [kv[:, i * config.head_dim : (i + 1) * config.head_dim] for i in range(2 * config.set_heads)]
@@ -146,8 +155,8 @@ def _hide(config: KernelConfig, member: Member, scores, v):
         j = item.first_key + lax.broadcasted_iota(jnp.int32, shape, axis)
         return (j >= start) & (j < end) & mask.visible(item.first_p, j, **config.options.mask)
 
-    scores = jnp.where(seen((1, config.block_keys), 1), scores, -jnp.inf)
-    return scores, jnp.where(seen((config.block_keys, 1), 0), v, jnp.zeros_like(v))
+    scores = jnp.where(seen((1, len(v)), 1), scores, -jnp.inf)
+    return scores, jnp.where(seen((len(v), 1), 0), v, jnp.zeros_like(v))
 
 
 def _diagonal(config: KernelConfig, acc):
