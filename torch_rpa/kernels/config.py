@@ -42,6 +42,8 @@ _STEP_ROWS = 128
 _SET_LANES = 2048
 _NUM_SLOTS = 8
 _GROUP_ITEMS = 4
+# Tiles of new tokens on their way to the pages.
+_WRITE_SLOTS = 64
 _DEFAULT_VMEM_LIMIT_BYTES = 64 * 2**20
 
 
@@ -59,7 +61,7 @@ class KernelConfig:
     Attributes:
         block_rows, block_pages, num_slots, group_items, step_rows: see the figure.
         kv_dtype, q_dtype: names of dtypes.
-        with_lse, with_sinks: whether lse is written, whether sinks are read.
+        with_lse, with_sinks, with_update: whether lse is written, sinks are read, new tokens are written to the pages.
     """
 
     num_tokens: int
@@ -75,6 +77,7 @@ class KernelConfig:
     options: AttentionOptions
     with_lse: bool
     with_sinks: bool
+    with_update: bool
     block_rows: int
     block_pages: int
     num_slots: int
@@ -183,6 +186,21 @@ class KernelConfig:
         return *[self.rows_shape] * 2, *[self.statistics_shape] * 2, decode_q, *decode_state
 
     @property
+    def write_tokens(self) -> int:
+        """Tokens that a write to the pages moves: one tile of rows."""
+        return 8 if jnp.dtype(self.kv_dtype).itemsize > 1 else self.unit_tokens
+
+    @property
+    def new_rows_shape(self) -> tuple[int, ...]:
+        """float32 scratch for k, or v, of a row block, with room for a tile that begins before it or ends after it."""
+        heads, parts, _, lanes = self.rows_shape
+        return heads, parts, self.block_rows + 2 * self.write_tokens, lanes
+
+    @property
+    def write_buffer_shape(self) -> tuple[int, ...]:
+        return _WRITE_SLOTS, self.write_tokens, self.kv_width
+
+    @property
     def kv_buffer_shape(self) -> tuple[int, ...]:
         return self.num_slots, self.block_pages, self.page_size, self.kv_width
 
@@ -192,6 +210,10 @@ class KernelConfig:
         staged = 2 * 2 * _padded_bytes((self.block_rows, self.num_q_heads * self.head_dim), self.q_dtype)
         staged += 2 * _padded_bytes((self.block_rows, self.num_q_heads), "float32") * self.with_lse
         scratch = sum(_padded_bytes(shape, "float32") for shape in self.float32_scratch)
+        if self.with_update:
+            staged += 4 * _padded_bytes((self.block_rows, self.num_kv_heads * self.head_dim), self.q_dtype)
+            scratch += 2 * _padded_bytes(self.new_rows_shape, "float32")
+            scratch += _padded_bytes(self.write_buffer_shape, self.kv_dtype)
         return staged + scratch + _padded_bytes(self.kv_buffer_shape, self.kv_dtype)
 
     @property
@@ -213,7 +235,7 @@ def _padded_bytes(shape, dtype) -> int:
     return count * jnp.dtype(dtype).itemsize
 
 
-def make_config(q, kv_pages, page_indices, options: AttentionOptions, *, with_lse, with_sinks) -> KernelConfig:
+def make_config(q, kv_pages, page_indices, options: AttentionOptions, *, with_lse, with_sinks, with_update) -> KernelConfig:
     """The configuration for arrays of these shapes and dtypes.
 
     Args:
@@ -240,6 +262,7 @@ def make_config(q, kv_pages, page_indices, options: AttentionOptions, *, with_ls
         options=options,
         with_lse=with_lse,
         with_sinks=with_sinks,
+        with_update=with_update,
         block_rows=min(block_rows, -(-num_tokens // COPY_ROWS) * COPY_ROWS),
         block_pages=block_pages,
         num_slots=_NUM_SLOTS,

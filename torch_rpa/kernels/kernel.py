@@ -4,6 +4,7 @@ Every row attends over the pages of its own sequence. Decode rows and prefill ti
 schedule follows in the kernel from kv_lens, cu_q_lens and num_seqs. The figure in ``config.py`` has the names. Timeline
 of one row block:
 
+    [W] the update op: write the new tokens of the next row block to their pages (``write.py``)
     [A] regroup q's rows by KV head (``rows.py``)
     while the next item of the list belongs to the row block (``worklist.py``)
         [B] wait for its pages (``dma.py``)
@@ -21,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from torch_rpa.kernels import decode, prefill, rows, worklist
+from torch_rpa.kernels import decode, prefill, rows, worklist, write
 from torch_rpa.kernels.config import KernelConfig, make_config
 from torch_rpa.kernels.dma import PageFetch
 from torch_rpa.kernels.refs import Refs
@@ -34,33 +35,67 @@ def attend(q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sinks, optio
     Returns:
         out, as q, and lse, float32 [num_tokens, num_q_heads], or None without ``with_lse``.
     """
+    metadata = kv_lens, page_indices, cu_q_lens, num_seqs
+    out, lse, _ = _call(q, None, None, kv_pages, metadata, sinks, options, with_lse, interpret)
+    return out, lse
+
+
+def attend_update(q, k, v, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sinks, options, *, interpret=False):
+    """Write k and v to the pages, in place, and attend, in one launch; the arguments are those of the op.
+
+    Returns:
+        out, as q, and the pages, as kv_pages.
+    """
+    metadata = kv_lens, page_indices, cu_q_lens, num_seqs
+    out, _, new_pages = _call(q, k, v, kv_pages, metadata, sinks, options, False, interpret)
+    return out, new_pages
+
+
+def _call(q, k, v, kv_pages, metadata, sinks, options, with_lse, interpret):
+    kv_lens, page_indices, cu_q_lens, num_seqs = metadata
     if q.shape[0] == 0 or page_indices.size == 0:  # no row belongs to a sequence
-        return jnp.zeros_like(q), jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
-    config = make_config(q, kv_pages, page_indices, options, with_lse=with_lse, with_sinks=sinks is not None)
+        return jnp.zeros_like(q), jnp.full(q.shape[:2], -jnp.inf, jnp.float32), kv_pages
+    config = make_config(
+        q, kv_pages, page_indices, options,
+        with_lse=with_lse, with_sinks=sinks is not None, with_update=k is not None,
+    )  # fmt: skip
     scalars = [kv_lens, page_indices.reshape(-1), cu_q_lens, num_seqs]
     scalars += [] if sinks is None else [sinks.astype(jnp.float32)]
-    arrays = [q.reshape(config.num_tokens, -1), kv_pages.reshape(config.num_pages, config.page_size, -1)]
-    out, *lse = _pallas_call(config, interpret)(*scalars, *arrays)
-    return out.reshape(q.shape), lse[0] if with_lse else None
+    rows = [x.reshape(config.num_tokens, -1) for x in (q, k, v) if x is not None]
+    flat_pages = kv_pages.reshape(config.num_pages, config.page_size, -1)
+    results = list(_pallas_call(config, interpret)(*scalars, *rows, flat_pages))
+    new_pages = results.pop(0).reshape(kv_pages.shape) if config.with_update else None
+    return results[0].reshape(q.shape), results[1] if with_lse else None, new_pages
 
 
 def _pallas_call(config: KernelConfig, interpret):
-    def rows_spec(lanes):
-        return pl.BlockSpec((config.block_rows, lanes), lambda i, *_: (i, 0))
+    # New tokens are written one row block ahead of the row block that is computed: what is fetched ahead is there.
+    ahead, last = int(config.with_update), config.num_row_blocks - 1
+    pages = pl.BlockSpec(memory_space=pl.ANY)
 
-    width, lse_shape = config.num_q_heads * config.head_dim, (config.num_tokens, config.num_q_heads)
-    out_shape = [jax.ShapeDtypeStruct((config.num_tokens, width), config.q_dtype)]
-    out_shape += [jax.ShapeDtypeStruct(lse_shape, jnp.float32)] * config.with_lse
+    def rows_spec(heads, lanes, index):
+        return pl.BlockSpec((config.block_rows, heads * lanes), index)
+
+    def computed(i, *_):
+        return jnp.maximum(i - ahead, 0), 0
+
+    def written(i, *_):
+        return jnp.minimum(i, last), 0
+
+    q_spec = rows_spec(config.num_q_heads, config.head_dim, computed)
+    new_spec = rows_spec(config.num_kv_heads, config.head_dim, written)
+    num_scalars = 4 + config.with_sinks
     return pl.pallas_call(
         lambda *refs: _kernel(config, _name_refs(config, refs)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4 + config.with_sinks,
-            grid=(config.num_row_blocks,),
-            in_specs=[rows_spec(width), pl.BlockSpec(memory_space=pl.ANY)],
-            out_specs=[rows_spec(width)] + [rows_spec(config.num_q_heads)] * config.with_lse,
+            num_scalar_prefetch=num_scalars,
+            grid=(config.num_row_blocks + ahead,),
+            in_specs=[q_spec, *[new_spec] * (2 * ahead), pages],
+            out_specs=[*[pages] * ahead, q_spec, *[rows_spec(config.num_q_heads, 1, computed)] * config.with_lse],
             scratch_shapes=_scratch_shapes(config),
         ),
-        out_shape=out_shape,
+        out_shape=_out_shapes(config),
+        input_output_aliases={num_scalars + 3: 0} if config.with_update else {},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",),
             vmem_limit_bytes=config.vmem_limit_bytes,
@@ -71,34 +106,65 @@ def _pallas_call(config: KernelConfig, interpret):
     )
 
 
+def _out_shapes(config: KernelConfig):
+    pages = config.num_pages, config.page_size, config.kv_width
+    out, lse = (config.num_tokens, config.num_q_heads * config.head_dim), (config.num_tokens, config.num_q_heads)
+    return [
+        *[jax.ShapeDtypeStruct(pages, config.kv_dtype)] * config.with_update,
+        jax.ShapeDtypeStruct(out, config.q_dtype),
+        *[jax.ShapeDtypeStruct(lse, jnp.float32)] * config.with_lse,
+    ]
+
+
 def _scratch_shapes(config: KernelConfig):
+    new_rows = [pltpu.VMEM(config.new_rows_shape, jnp.float32)] * 2
+    update = [
+        *new_rows,
+        pltpu.VMEM(config.write_buffer_shape, config.kv_dtype),
+        pltpu.SemaphoreType.DMA((2,)),
+        pltpu.SMEM(((config.block_rows + 1) * len(write.Unit._fields),), jnp.int32),
+    ]
     return [
         *[pltpu.VMEM(shape, jnp.float32) for shape in config.float32_scratch],
         pltpu.VMEM(config.kv_buffer_shape, config.kv_dtype),
         pltpu.SemaphoreType.DMA((config.num_slots,)),
+        *(update if config.with_update else []),
         pltpu.SMEM((worklist.CURSOR_SIZE,), jnp.int32),
         pltpu.SMEM((config.num_slots * len(Item._fields),), jnp.int32),
     ]
 
 
 def _name_refs(config: KernelConfig, refs) -> Refs:
-    refs = list(refs)
-    for name, is_given in (("sinks", config.with_sinks), ("lse", config.with_lse)):
-        if not is_given:
-            refs.insert(Refs._fields.index(name), None)
-    return Refs(*refs)
+    """The refs of a call by name; None for those of a part that is left out."""
+    left_out = set() if config.with_sinks else {"sinks"}
+    left_out |= set() if config.with_lse else {"lse"}
+    update = {"k", "v", "kv_pages_in", "k_rows", "v_rows", "write_buffer", "write_sems", "units"}
+    left_out |= set() if config.with_update else update
+    refs = iter(refs)
+    return Refs(**{name: None if name in left_out else next(refs) for name in Refs._fields})
 
 
 def _kernel(config: KernelConfig, refs: Refs):
-    """One row block."""
-    row_block = pl.program_id(0)
+    """One row block, and the new tokens of the next one."""
+    step = pl.program_id(0)
     fetch = PageFetch(config, refs.page_indices, refs.kv_pages_hbm, refs.kv_buffer, refs.kv_sems)
 
-    @pl.when(row_block == 0)
+    @pl.when(step == 0)
     def _():
         decode.clear_batch(refs)
-        worklist.start_batch(config, refs, fetch)
+        worklist.start_batch(config, refs)
 
+    if not config.with_update:
+        _attend_block(config, refs, fetch, step, config.num_row_blocks)
+        return
+    pl.when(step < config.num_row_blocks)(lambda: write.write_block(config, refs, step))  # [W]
+    pl.when(step > 0)(lambda: _attend_block(config, refs, fetch, step - 1, step))
+    pl.when(step == 0)(lambda: worklist.fetch_next(config, refs, fetch, step))
+
+
+def _attend_block(config: KernelConfig, refs: Refs, fetch: PageFetch, row_block, last_row_block):
+    """One row block; items of row blocks up to ``last_row_block`` may be fetched."""
+    worklist.fetch_next(config, refs, fetch, last_row_block)
     rows.regroup_q(config, refs, row_block)  # [A]
 
     def attend_items(work):
@@ -109,7 +175,7 @@ def _kernel(config: KernelConfig, refs: Refs):
             lambda: decode.attend_group(config, refs, fetch, row_block, slot),  # [B] [C]
             lambda: prefill.attend_item(config, refs, fetch, item, slot),  # [B] [C]
         )
-        worklist.fetch_next(config, refs, fetch, count)  # [D]
+        worklist.fetch_next(config, refs, fetch, last_row_block, freed=count)  # [D]
         slot = worklist.slot_after(config, slot, count)
         return slot, worklist.is_in(refs, slot, row_block)
 

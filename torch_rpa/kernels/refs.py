@@ -15,6 +15,9 @@ class Refs(NamedTuple):
     num_seqs: Any  # SMEM int32 [1]
     sinks: Any  # SMEM float32 [num_q_heads], or None
     q: Any  # VMEM [block_rows, num_q_heads * head_dim]
+    k: Any  # VMEM [block_rows, num_kv_heads * head_dim], or None for the read-only op
+    v: Any  # VMEM, as k
+    kv_pages_in: Any  # HBM, as kv_pages_hbm: the same memory under another name, or None for the read-only op
     kv_pages_hbm: Any  # HBM [num_pages, page_size, kv_width]
     out: Any  # VMEM, as q
     lse: Any  # VMEM float32 [block_rows, num_q_heads], or None
@@ -28,5 +31,10 @@ class Refs(NamedTuple):
     decode_total: Any  # VMEM, as decode_top
     kv_buffer: Any  # VMEM [num_slots, block_pages, page_size, kv_width]
     kv_sems: Any  # DMA semaphores [num_slots]
+    k_rows: Any  # VMEM float32 [num_kv_heads, lane_parts, rows, head_dim / lane_parts], or None
+    v_rows: Any  # VMEM, as k_rows
+    write_buffer: Any  # VMEM [write_slots, write_tokens, kv_width], or None
+    write_sems: Any  # DMA semaphores [2]: of reads, of writes; or None
+    units: Any  # SMEM int32 [block_rows * len(Unit)]: what to write of a row block, or None
     cursor: Any  # SMEM int32: where the batch stands (``worklist.py``), kept from one row block to the next
     items: Any  # SMEM int32 [num_slots * len(Item)]: what is in each slot

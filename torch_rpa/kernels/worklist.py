@@ -13,22 +13,27 @@ from torch_rpa.kernels.config import KernelConfig
 from torch_rpa.kernels.refs import Refs
 from torch_rpa.kernels.schedule import Item
 
-# Places in the cursor: what to fetch next and where to, and the slot of the item to compute next.
-_SEQ, _ROW_BLOCK, _BLOCK, _FETCH_SLOT, WORK_SLOT = range(5)
-CURSOR_SIZE = 5
+# Places in the cursor: what to fetch next and where to, how many slots are free, the slot of the item to compute next,
+# and the tile whose new tokens are to be written next.
+_SEQ, _ROW_BLOCK, _BLOCK, _FETCH_SLOT, _FREE_SLOTS, WORK_SLOT, WRITE_SEQ, WRITE_ROW_BLOCK = range(8)
+CURSOR_SIZE = 8
 
 
-def start_batch(config: KernelConfig, refs: Refs, fetch):
-    """Begin with the first item, and fetch as many as there are slots."""
+def start_batch(config: KernelConfig, refs: Refs):
+    """Begin with the first tile, and all slots free."""
     for place in (_BLOCK, _FETCH_SLOT, WORK_SLOT):
         refs.cursor[place] = 0
-    refs.cursor[_SEQ], refs.cursor[_ROW_BLOCK] = _first_tile_from(config, refs, jnp.int32(0), jnp.int32(0))
-    fetch_next(config, refs, fetch, config.num_slots)
+    refs.cursor[_FREE_SLOTS] = config.num_slots
+    seq, row_block = _first_tile_from(config, refs, jnp.int32(0), jnp.int32(0))
+    refs.cursor[_SEQ], refs.cursor[_ROW_BLOCK] = seq, row_block
+    refs.cursor[WRITE_SEQ], refs.cursor[WRITE_ROW_BLOCK] = seq, row_block
 
 
-def fetch_next(config: KernelConfig, refs: Refs, fetch, count):
-    """Fetch the next ``count`` items."""
-    lax.fori_loop(0, count, lambda _, __: _fetch_one(config, refs, fetch), None)
+def fetch_next(config: KernelConfig, refs: Refs, fetch, last_row_block, freed=0):
+    """Fetch into the free slots, and into ``freed`` ones more, items of row blocks up to ``last_row_block``."""
+    free = refs.cursor[_FREE_SLOTS] + freed
+    refs.cursor[_FREE_SLOTS] = free
+    lax.fori_loop(0, free, lambda _, __: _fetch_one(config, refs, fetch, last_row_block), None)
 
 
 def item_at(refs: Refs, slot) -> Item:
@@ -51,38 +56,38 @@ def active_seqs(config: KernelConfig, refs: Refs):
     return jnp.clip(refs.num_seqs[0], 0, config.max_num_seqs)
 
 
-def _fetch_one(config: KernelConfig, refs: Refs, fetch):
+def _fetch_one(config: KernelConfig, refs: Refs, fetch, last_row_block):
     cursor = refs.cursor
     seq, row_block, slot = cursor[_SEQ], cursor[_ROW_BLOCK], cursor[_FETCH_SLOT]
-    is_item = seq < active_seqs(config, refs)
+    may_fetch = (seq < active_seqs(config, refs)) & (row_block <= last_row_block)
 
-    @pl.when(is_item)
+    @pl.when(may_fetch)
     def _():
-        tile = _tile_of(config, refs, seq, row_block)
+        tile = tile_of(config, refs, seq, row_block)
         block = jnp.maximum(cursor[_BLOCK], tile.first_block)
         fetch.start(slot, seq, block, schedule.needed_pages(config, tile, block))
         item = schedule.make_item(config, row_block, tile, block)
         for i, value in enumerate(item):
             refs.items[slot * len(item) + i] = jnp.asarray(value, jnp.int32)
+        cursor[_FETCH_SLOT] = slot_after(config, slot)
+        cursor[_FREE_SLOTS] = cursor[_FREE_SLOTS] - 1
         cursor[_BLOCK] = jnp.where(item.is_last, 0, block + 1)
 
         @pl.when(item.is_last)
         def _():
-            cursor[_SEQ], cursor[_ROW_BLOCK] = _next_tile(config, refs, seq, row_block, tile)
+            cursor[_SEQ], cursor[_ROW_BLOCK] = next_tile(config, refs, seq, row_block, tile)
 
-    @pl.when(~is_item)
+    @pl.when(~may_fetch)
     def _():
-        refs.items[slot * len(Item._fields)] = config.num_row_blocks
-
-    cursor[_FETCH_SLOT] = slot_after(config, slot)
+        refs.items[slot * len(Item._fields)] = config.num_row_blocks  # whoever computes must not go on here
 
 
-def _tile_of(config: KernelConfig, refs: Refs, seq, row_block) -> schedule.Tile:
+def tile_of(config: KernelConfig, refs: Refs, seq, row_block) -> schedule.Tile:
     kv_len = jnp.clip(refs.kv_lens[seq], 0, config.pages_per_seq * config.page_size)
     return schedule.make_tile(config, row_block, *_rows_of(config, refs, seq), kv_len)
 
 
-def _next_tile(config: KernelConfig, refs: Refs, seq, row_block, tile):
+def next_tile(config: KernelConfig, refs: Refs, seq, row_block, tile):
     """Sequence and row block of the tile after this one: the same sequence's next rows, or the next sequence's first."""
     next_seq, its_row_block = _first_tile_from(config, refs, seq + 1, row_block)
     return jnp.where(tile.past_block, seq, next_seq), jnp.where(tile.past_block, row_block + 1, its_row_block)
