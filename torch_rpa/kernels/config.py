@@ -20,7 +20,7 @@
                  the g-th query head that shares it
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 from typing import NamedTuple
 
@@ -42,9 +42,10 @@ _STEP_ROWS = 128
 _SET_LANES = 2048
 _NUM_SLOTS = 8
 _GROUP_ITEMS = 4
-# Tiles of new tokens on their way to the pages.
 _WRITE_SLOTS = 64
 _DEFAULT_VMEM_LIMIT_BYTES = 64 * 2**20
+# Of VMEM for what is declared; the rest is the compiler's own, for values that do not fit into registers.
+_VMEM_SHARE = 0.75
 
 
 class HeadLanes(NamedTuple):
@@ -60,6 +61,7 @@ class KernelConfig:
 
     Attributes:
         block_rows, block_pages, num_slots, group_items, step_rows: see the figure.
+        write_slots: tiles of new tokens on their way to the pages.
         kv_dtype, q_dtype: names of dtypes.
         with_lse, with_sinks, with_update: whether lse is written, sinks are read, new tokens are written to the pages.
     """
@@ -82,6 +84,7 @@ class KernelConfig:
     block_pages: int
     num_slots: int
     group_items: int
+    write_slots: int
     step_rows: int
 
     @property
@@ -127,6 +130,11 @@ class KernelConfig:
         return 1 if self.head_dim <= LANES else 2
 
     @property
+    def part_lanes(self) -> int:
+        """Lanes of a piece; it is kept in whole vector registers, filled up with zeros."""
+        return self.head_dim // self.lane_parts
+
+    @property
     def heads_per_step(self) -> int:
         """KV heads computed in one iteration of a loop: the fewest whose lanes begin at a multiple of 128."""
         fewest = LANES // gcd(LANES, 2 * self.head_dim)
@@ -170,7 +178,7 @@ class KernelConfig:
     def rows_shape(self) -> tuple[int, ...]:
         """float32 scratch that holds q, or the accumulator, of a row block; a row step may reach past its end."""
         matrix_rows = self.block_rows * self.group + self.step_rows
-        return self.num_kv_heads, self.lane_parts, matrix_rows, self.head_dim // self.lane_parts
+        return self.num_kv_heads, self.lane_parts, matrix_rows, LANES
 
     @property
     def statistics_shape(self) -> tuple[int, ...]:
@@ -198,7 +206,7 @@ class KernelConfig:
 
     @property
     def write_buffer_shape(self) -> tuple[int, ...]:
-        return _WRITE_SLOTS, self.write_tokens, self.kv_width
+        return self.write_slots, self.write_tokens, self.kv_width
 
     @property
     def kv_buffer_shape(self) -> tuple[int, ...]:
@@ -226,6 +234,12 @@ class KernelConfig:
         return self.options.vmem_limit_bytes or _DEFAULT_VMEM_LIMIT_BYTES
 
 
+def fill_lanes(x):
+    """x [rows, lanes] with zeros up to whole vector registers."""
+    missing = -x.shape[1] % LANES
+    return jnp.concatenate([x, jnp.zeros((x.shape[0], missing), x.dtype)], axis=1) if missing else x
+
+
 def _padded_bytes(shape, dtype) -> int:
     """Bytes of an array whose last dimension is padded to whole vector registers."""
     *outer, lanes = shape
@@ -247,8 +261,8 @@ def make_config(q, kv_pages, page_indices, options: AttentionOptions, *, with_ls
     pages = page_shape(kv_pages.shape, head_dim)
     group = num_q_heads // pages.num_kv_heads
     block_pages = options.num_kv_pages_per_block or max(1, _KEYS_PER_BLOCK // pages.page_size)
-    block_rows = max(COPY_ROWS, -(-(options.num_queries_per_block or _BLOCK_ROWS) // COPY_ROWS) * COPY_ROWS)
-    return KernelConfig(
+    block_rows = -(-(options.num_queries_per_block or _BLOCK_ROWS) // COPY_ROWS) * COPY_ROWS
+    config = KernelConfig(
         num_tokens=num_tokens,
         num_q_heads=num_q_heads,
         num_kv_heads=pages.num_kv_heads,
@@ -267,6 +281,20 @@ def make_config(q, kv_pages, page_indices, options: AttentionOptions, *, with_ls
         block_pages=block_pages,
         num_slots=_NUM_SLOTS,
         group_items=_GROUP_ITEMS,
+        write_slots=_WRITE_SLOTS,
         step_rows=min(_STEP_ROWS, -(-num_tokens * group // 8) * 8),
     )
+    return _fit(config)
 
+
+def _fit(config: KernelConfig) -> KernelConfig:
+    """The configuration with its blocks halved, those first that cost least, until it fits into VMEM."""
+    shares = {"write_slots": 16, "block_rows": 64, "num_slots": 6, "block_pages": 1, "group_items": 2}
+    given = {"block_rows": config.options.num_queries_per_block, "block_pages": config.options.num_kv_pages_per_block}
+    while config.vmem_bytes > config.vmem_limit_bytes * _VMEM_SHARE:
+        too_big = [name for name, least in shares.items() if not given.get(name) and getattr(config, name) > least]
+        if not too_big:
+            break
+        name = max(too_big, key=lambda name: getattr(config, name) / shares[name])
+        config = replace(config, **{name: max(shares[name], getattr(config, name) // 2)})
+    return config

@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 
 from torch_rpa import mask
 from torch_rpa.kernels import softmax, worklist
-from torch_rpa.kernels.config import LANES, KernelConfig
+from torch_rpa.kernels.config import LANES, KernelConfig, fill_lanes
 from torch_rpa.kernels.refs import Refs
 from torch_rpa.kernels.schedule import Item
 from torch_rpa.kernels.softmax import State
@@ -82,12 +82,12 @@ def _members(config: KernelConfig, refs: Refs, row_block, slot) -> list[Member]:
 
 def _put_q(config: KernelConfig, refs: Refs, place, row):
     """The row's queries on the diagonal of the group's q number ``place``."""
-    width = config.head_dim // config.lane_parts
+    width = config.part_lanes
     for head in range(config.num_kv_heads):
         head_set, n = divmod(head, config.set_heads)
         for part in range(config.lane_parts):
             lane = n * config.k_lanes.step + part * width
-            q = refs.q_rows.at[head, part][pl.ds(row * config.group, config.group), :]
+            q = refs.q_rows.at[head, part][pl.ds(row * config.group, config.group), :][:, :width]
             refs.decode_q[place, head_set, n * config.group : (n + 1) * config.group, lane : lane + width] = q
 
 
@@ -174,11 +174,11 @@ def _diagonal(config: KernelConfig, acc):
 def _put_state(config: KernelConfig, refs: Refs, head_set, row, state: State):
     """A finished row's state to where those of prefill rows stand."""
     matrix_rows = pl.ds(row * config.group, config.group)
-    width = config.head_dim // config.lane_parts
+    width = config.part_lanes
+    pieces = [fill_lanes(state.acc[:, part * width : (part + 1) * width]) for part in range(config.lane_parts)]
     for n in range(config.set_heads):
-        head = head_set * config.set_heads + n
-        top, total, acc = (x[n * config.group : (n + 1) * config.group] for x in state)
-        refs.top_rows.at[head][matrix_rows, :] = top
-        refs.total_rows.at[head][matrix_rows, :] = total
-        for part in range(config.lane_parts):
-            refs.acc_rows.at[head, part][matrix_rows, :] = acc[:, part * width : (part + 1) * width]
+        head, heads = head_set * config.set_heads + n, slice(n * config.group, (n + 1) * config.group)
+        refs.top_rows.at[head][matrix_rows, :] = state.top[heads]
+        refs.total_rows.at[head][matrix_rows, :] = state.total[heads]
+        for part, piece in enumerate(pieces):
+            refs.acc_rows.at[head, part][matrix_rows, :] = piece[heads]

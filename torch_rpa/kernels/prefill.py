@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 
 from torch_rpa import mask
 from torch_rpa.kernels import schedule, softmax
-from torch_rpa.kernels.config import LANES, KernelConfig
+from torch_rpa.kernels.config import LANES, KernelConfig, fill_lanes
 from torch_rpa.kernels.refs import Refs
 from torch_rpa.kernels.schedule import Item
 from torch_rpa.kernels.softmax import State
@@ -78,16 +78,16 @@ def _attend_head(config: KernelConfig, refs: Refs, item: Item, head, load_kv):
 
 def _attend_rows(config: KernelConfig, refs: Refs, item: Item, rows: Rows, head, load_kv, is_edge):
     k, v = load_kv()
-    q = _read_rows(refs.q_rows, head, rows).astype(config.compute_dtype)
+    q = _read_rows(config, refs.q_rows, head, rows).astype(config.compute_dtype)
     scores = softmax.logits(q, k, scale=config.options.score_scale, soft_cap=config.options.soft_cap)
     if is_edge:
         scores, v = _hide(config, item, rows, scores, v)
     matrix_rows = pl.ds(rows.first, rows.count)
     top, total = refs.top_rows[head, matrix_rows, :], refs.total_rows[head, matrix_rows, :]
-    state = softmax.update(State(top, total, _read_rows(refs.acc_rows, head, rows)), scores, v)
+    state = softmax.update(State(top, total, _read_rows(config, refs.acc_rows, head, rows)), scores, v)
     refs.top_rows[head, matrix_rows, :] = state.top
     refs.total_rows[head, matrix_rows, :] = state.total
-    _write_rows(refs.acc_rows, head, rows, state.acc)
+    _write_rows(config, refs.acc_rows, head, rows, state.acc)
 
 
 def _rows_of_step(config: KernelConfig, item: Item, step) -> Rows:
@@ -122,13 +122,15 @@ def _load_kv(config: KernelConfig, refs: Refs, slot, first_lane, n):
     return kv[:, :head_dim], kv[:, head_dim:]
 
 
-def _read_rows(ref, head, rows: Rows):
+def _read_rows(config: KernelConfig, ref, head, rows: Rows):
     """[rows, head_dim] from scratch that keeps a head's lanes in parts."""
-    parts = [ref[head, part, pl.ds(rows.first, rows.count), :] for part in range(ref.shape[1])]
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+    pieces = [ref[head, part, pl.ds(rows.first, rows.count), :] for part in range(config.lane_parts)]
+    pieces = [piece[:, : config.part_lanes] for piece in pieces]
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=-1)
 
 
-def _write_rows(ref, head, rows: Rows, new):
-    lanes = ref.shape[3]
-    for part in range(ref.shape[1]):
-        ref[head, part, pl.ds(rows.first, rows.count), :] = new[:, part * lanes : (part + 1) * lanes]
+def _write_rows(config: KernelConfig, ref, head, rows: Rows, new):
+    lanes = config.part_lanes
+    for part in range(config.lane_parts):
+        piece = new[:, part * lanes : (part + 1) * lanes]
+        ref[head, part, pl.ds(rows.first, rows.count), :] = fill_lanes(piece)

@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from torch_rpa.kernels import schedule, softmax
-from torch_rpa.kernels.config import COPY_ROWS, KernelConfig
+from torch_rpa.kernels.config import COPY_ROWS, KernelConfig, fill_lanes
 from torch_rpa.kernels.refs import Refs
 from torch_rpa.kernels.worklist import active_seqs
 
@@ -19,10 +19,10 @@ def regroup_q(config: KernelConfig, refs: Refs, row_block):
     """q's rows as float32, the query heads of a KV head next to each other: matrix row r * group + g."""
 
     def regroup(i, _):
-        rows, lanes = pl.ds(pl.multiple_of(i * COPY_ROWS, COPY_ROWS), COPY_ROWS), config.rows_shape[3]
+        rows, lanes = pl.ds(pl.multiple_of(i * COPY_ROWS, COPY_ROWS), COPY_ROWS), config.part_lanes
         for head, part, matrix_rows, lane in _places(config, i * COPY_ROWS):
             q = refs.q[rows, lane : lane + lanes].astype(jnp.float32)
-            refs.q_rows.at[head // config.group, part][matrix_rows, :] = q
+            refs.q_rows.at[head // config.group, part][matrix_rows, :] = fill_lanes(q)
 
     lax.fori_loop(0, schedule.blocks_of(_end_row(config, refs, row_block), COPY_ROWS), regroup, None)
 
@@ -33,7 +33,7 @@ def write_rows(config: KernelConfig, refs: Refs, row_block):
     head_lanes = lax.broadcasted_iota(jnp.int32, (COPY_ROWS, config.num_q_heads), 1)
 
     def write(i, _):
-        rows, lanes = pl.ds(pl.multiple_of(i * COPY_ROWS, COPY_ROWS), COPY_ROWS), config.rows_shape[3]
+        rows, lanes = pl.ds(pl.multiple_of(i * COPY_ROWS, COPY_ROWS), COPY_ROWS), config.part_lanes
         is_row = i * COPY_ROWS + lax.broadcasted_iota(jnp.int32, (COPY_ROWS, 1), 0) < end_row
         lse = jnp.full((COPY_ROWS, config.num_q_heads), -jnp.inf, jnp.float32)
         for head, part, matrix_rows, lane in _places(config, i * COPY_ROWS):
@@ -41,7 +41,7 @@ def write_rows(config: KernelConfig, refs: Refs, row_block):
             sink = refs.sinks[head] if config.with_sinks else None
             statistics = refs.top_rows.at[kv_head][matrix_rows, :], refs.total_rows.at[kv_head][matrix_rows, :]
             factor, head_lse = softmax.finish(*(x[:, :1] for x in statistics), sink)
-            acc = refs.acc_rows.at[kv_head, part][matrix_rows, :] * (factor * config.options.value_scale)
+            acc = refs.acc_rows.at[kv_head, part][matrix_rows, :][:, :lanes] * (factor * config.options.value_scale)
             refs.out[rows, lane : lane + lanes] = jnp.where(is_row, acc, 0.0).astype(refs.out.dtype)
             lse = jnp.where(is_row & (head_lanes == head), head_lse, lse)
         if config.with_lse:
@@ -69,4 +69,4 @@ def _places(config: KernelConfig, first_row):
     for head in range(config.num_q_heads):
         matrix_rows = pl.ds(first_row * config.group + head % config.group, COPY_ROWS, stride=config.group)
         for part in range(config.lane_parts):
-            yield head, part, matrix_rows, head * config.head_dim + part * config.rows_shape[3]
+            yield head, part, matrix_rows, head * config.head_dim + part * config.part_lanes

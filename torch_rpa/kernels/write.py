@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from torch_rpa.kernels import schedule, worklist
-from torch_rpa.kernels.config import COPY_ROWS, KernelConfig
+from torch_rpa.kernels.config import COPY_ROWS, KernelConfig, fill_lanes
 from torch_rpa.kernels.quantize import quantize
 from torch_rpa.kernels.refs import Refs
 
@@ -59,11 +59,11 @@ def _regroup(config: KernelConfig, refs: Refs):
     def regroup(i, _):
         rows = pl.ds(pl.multiple_of(i * COPY_ROWS, COPY_ROWS), COPY_ROWS)
         to_rows = pl.ds(pl.multiple_of(i * COPY_ROWS, COPY_ROWS) + config.write_tokens, COPY_ROWS)
-        heads, parts, _, lanes = config.new_rows_shape
+        heads, parts, lanes = config.num_kv_heads, config.lane_parts, config.part_lanes
         for piece in range(heads * parts):
             for source, target in ((refs.k, refs.k_rows), (refs.v, refs.v_rows)):
                 new = source[rows, piece * lanes : (piece + 1) * lanes].astype(jnp.float32)
-                target.at[piece // parts, piece % parts][to_rows, :] = new
+                target.at[piece // parts, piece % parts][to_rows, :] = fill_lanes(new)
 
     lax.fori_loop(0, config.block_rows // COPY_ROWS, regroup, None)
 
@@ -123,7 +123,7 @@ def _merge(config: KernelConfig, refs: Refs, i, place):
     lanes = []
     for head in range(config.num_kv_heads):
         for source, scale in ((refs.k_rows, config.options.k_scale), (refs.v_rows, config.options.v_scale)):
-            parts = [source.at[head, part][rows, :] for part in range(config.lane_parts)]
+            parts = [source.at[head, part][rows, :][:, : config.part_lanes] for part in range(config.lane_parts)]
             lanes += [quantize(x, config.kv_dtype, scale) for x in parts]
     slot = lax.broadcasted_iota(jnp.int32, (config.write_tokens, 1), 0)
     is_new = (slot >= unit.lo) & (slot < unit.hi)
