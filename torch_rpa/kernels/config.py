@@ -37,7 +37,7 @@ _UNIT_TOKENS = 32
 # Rows of q and out staged at once.
 _BLOCK_ROWS = 128
 _KEYS_PER_BLOCK = 256
-_STEP_ROWS = 128
+_STEP_ROWS = 512
 # Lanes of one token that a decode step takes at once.
 _SET_LANES = 2048
 _NUM_SLOTS = 8
