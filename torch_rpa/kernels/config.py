@@ -38,6 +38,8 @@ _UNIT_TOKENS = 32
 _BLOCK_ROWS = 128
 _KEYS_PER_BLOCK = 256
 _STEP_ROWS = 512
+_PREFILL_HEADS = 2
+_SPAN_KEYS = 512
 # Lanes of one token that a decode step takes at once.
 _SET_LANES = 2048
 _NUM_SLOTS = 8
@@ -143,11 +145,23 @@ class KernelConfig:
     @property
     def set_heads(self) -> int:
         """KV heads that a decode step computes together."""
-        most = max(self.heads_per_step, _SET_LANES // (2 * self.head_dim))
+        return self._whole_sets(_SET_LANES // (2 * self.head_dim))
+
+    @property
+    def prefill_heads(self) -> int:
+        """KV heads that a prefill step computes together."""
+        return self._whole_sets(_PREFILL_HEADS)
+
+    @property
+    def span_blocks(self) -> int:
+        """Key blocks that a prefill step takes at once; a tile's rows keep their state for that long in registers."""
+        return max(1, min(_SPAN_KEYS // self.block_keys, self.num_slots // 2))
+
+    def _whole_sets(self, most) -> int:
+        """The largest number of heads, ``most`` or fewer if possible, that the heads and the lanes can be cut into."""
         steps = self.num_kv_heads // self.heads_per_step
-        return max(n for n in range(1, steps + 1) if steps % n == 0 and n * self.heads_per_step <= most) * (
-            self.heads_per_step
-        )
+        fitting = [n for n in range(1, steps + 1) if steps % n == 0 and n * self.heads_per_step <= most]
+        return max(fitting, default=1) * self.heads_per_step
 
     @property
     def num_head_sets(self) -> int:

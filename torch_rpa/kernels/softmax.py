@@ -1,16 +1,15 @@
 """The online softmax of one matrix of rows over one chunk of keys: arrays in, arrays out.
 
-State of a row after some of its keys, with logits in units of 1 / log2(e), so that the exponential is a power of two:
+State of a row after some of its keys (in natural units: Mosaic of jax 0.7.1 multiplies once more for exp2 than for exp):
 
     top    the largest logit so far, or LOWEST
-    total  the sum of 2 ** (logit - top)
-    acc    the sum of 2 ** (logit - top) * value
+    total  the sum of exp(logit - top)
+    acc    the sum of exp(logit - top) * value
 
-Adding a chunk raises top and scales the other two by ``2 ** (old top - new top)`` (Milakov and Gimelshein,
+Adding a chunk raises top and scales the other two by ``exp(old top - new top)`` (Milakov and Gimelshein,
 arXiv 1805.02867). A chunk in which a row sees no key leaves its state as it is, bit for bit.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -18,7 +17,6 @@ import jax.numpy as jnp
 
 from torch_rpa.kernels.config import LANES
 
-LOG2_E = math.log2(math.e)
 # Below every logit, and finite: top - top must not be NaN.
 LOWEST = -1e37
 
@@ -38,11 +36,11 @@ EMPTY = State(LOWEST, 0.0, 0.0)  # before any key
 
 
 def logits(q, k, *, scale: float, soft_cap: float | None):
-    """``scale * q @ k.T``, capped, times log2(e): float32 [rows, keys] for q [rows, head_dim], k [keys, head_dim]."""
+    """``scale * q @ k.T``, capped: float32 [rows, keys] for q [rows, head_dim], k [keys, head_dim]."""
     scores = _matmul(q, k, contract=1)
     if soft_cap is None:
-        return scores * (scale * LOG2_E)
-    return jnp.tanh(scores * (scale / soft_cap)) * (soft_cap * LOG2_E)
+        return scores * scale
+    return jnp.tanh(scores * (scale / soft_cap)) * soft_cap
 
 
 def weigh(scores, top=LOWEST):
@@ -53,7 +51,7 @@ def weigh(scores, top=LOWEST):
         top: of the keys before, [rows, 128].
     """
     top = jnp.maximum(jnp.broadcast_to(scores.max(axis=1, keepdims=True), (len(scores), LANES)), top)
-    weights = jnp.exp2(scores - lanes(top, scores.shape[1]))
+    weights = jnp.exp(scores - lanes(top, scores.shape[1]))
     return top, weights, jnp.broadcast_to(weights.sum(axis=1, keepdims=True), top.shape)
 
 
@@ -65,7 +63,7 @@ def sum_values(weights, values):
 def update(state: State, scores, values) -> State:
     """The state after one more chunk, with scores and values as in ``weigh`` and ``sum_values``."""
     top, weights, total = weigh(scores, state.top)
-    decay = jnp.exp2(state.top - top)
+    decay = jnp.exp(state.top - top)
     acc = state.acc * lanes(decay, state.acc.shape[1]) + sum_values(weights, values)
     return State(top, state.total * decay + total, acc)
 
@@ -73,7 +71,7 @@ def update(state: State, scores, values) -> State:
 def merge(a: State, b: State) -> State:
     """The state of the keys of both."""
     top = jnp.maximum(a.top, b.top)
-    decay_a, decay_b = jnp.exp2(a.top - top), jnp.exp2(b.top - top)
+    decay_a, decay_b = jnp.exp(a.top - top), jnp.exp(b.top - top)
     width = b.acc.shape[1]
     acc = a.acc * lanes(decay_a, width) + b.acc * lanes(decay_b, width)
     return State(top, a.total * decay_a + b.total * decay_b, acc)
@@ -87,21 +85,20 @@ def lanes(x, count):
 
 
 def finish(top, total, sink=None):
-    """What a row's acc is multiplied by to become its output, and its lse: natural logarithm, -inf for no logit at all.
+    """What a row's acc is multiplied by to become its output, and its lse, -inf for no logit at all.
 
     Args:
         top, total: float32, of any one shape.
-        sink: one more logit without a value, in natural units, or None.
+        sink: one more logit without a value, or None.
     """
     if sink is not None:
-        sink = jnp.maximum(sink * LOG2_E, -jnp.inf)
         new_top = jnp.maximum(top, sink)
-        decay = jnp.exp2(top - new_top)
-        total, top = total * decay + jnp.exp2(sink - new_top), new_top
+        decay = jnp.exp(top - new_top)
+        total, top = total * decay + jnp.exp(sink - new_top), new_top
     else:
         decay = 1.0
     is_empty = total == 0
-    lse = jnp.where(is_empty, -jnp.inf, (top + jnp.log2(jnp.where(is_empty, 1.0, total))) / LOG2_E)
+    lse = jnp.where(is_empty, -jnp.inf, top + jnp.log(jnp.where(is_empty, 1.0, total)))
     return jnp.where(is_empty, 0.0, decay / jnp.where(is_empty, 1.0, total)), lse
 
 
