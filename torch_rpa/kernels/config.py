@@ -228,10 +228,12 @@ class KernelConfig:
 
     @property
     def vmem_bytes(self) -> int:
-        """Bytes of VMEM that the scratch and the staged row blocks take, without the compiler's own."""
+        """Bytes of VMEM that the scratch, the staged row blocks and the scores of a prefill step take."""
         staged = 2 * 2 * _padded_bytes((self.block_rows, self.num_q_heads * self.head_dim), self.q_dtype)
         staged += 2 * _padded_bytes((self.block_rows, self.num_q_heads), "float32") * self.with_lse
         scratch = sum(_padded_bytes(shape, "float32") for shape in self.float32_scratch)
+        scores = self.prefill_heads * self.step_rows * self.span_blocks * self.block_keys
+        scratch += scores * (4 + jnp.dtype(self.compute_dtype).itemsize)
         if self.with_update:
             staged += 4 * _padded_bytes((self.block_rows, self.num_kv_heads * self.head_dim), self.q_dtype)
             scratch += 2 * _padded_bytes(self.new_rows_shape, "float32")
@@ -303,7 +305,9 @@ def make_config(q, kv_pages, page_indices, options: AttentionOptions, *, with_ls
 
 def _fit(config: KernelConfig) -> KernelConfig:
     """The configuration with its blocks halved, those first that cost least, until it fits into VMEM."""
-    shares = {"write_slots": 16, "block_rows": 64, "num_slots": 6, "block_pages": 1, "group_items": 2}
+    shares = {
+        "write_slots": 16, "step_rows": 128, "block_rows": 64, "num_slots": 6, "block_pages": 1, "group_items": 2
+    }  # fmt: skip
     given = {"block_rows": config.options.num_queries_per_block, "block_pages": config.options.num_kv_pages_per_block}
     while config.vmem_bytes > config.vmem_limit_bytes * _VMEM_SHARE:
         too_big = [name for name, least in shares.items() if not given.get(name) and getattr(config, name) > least]

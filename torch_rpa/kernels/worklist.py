@@ -24,6 +24,11 @@ def start_batch(config: KernelConfig, refs: Refs):
     for place in (_BLOCK, _FETCH_SLOT, WORK_SLOT):
         refs.cursor[place] = 0
     refs.cursor[_FREE_SLOTS] = config.num_slots
+
+    def clear(i, _):
+        refs.items[i] = config.num_row_blocks  # no item of any row block
+
+    lax.fori_loop(0, config.num_slots * len(Item._fields), clear, None)
     seq, row_block = _first_tile_from(config, refs, jnp.int32(0), jnp.int32(0))
     refs.cursor[_SEQ], refs.cursor[_ROW_BLOCK] = seq, row_block
     refs.cursor[WRITE_SEQ], refs.cursor[WRITE_ROW_BLOCK] = seq, row_block
