@@ -157,10 +157,15 @@ def test_an_unknown_kernel_choice_is_refused(xla, monkeypatch):
         make_batch().to(xla).read()
 
 
-def test_the_interpreter_is_refused_until_the_pallas_kernel_exists(xla, monkeypatch):
+def test_the_pallas_kernel_runs_in_the_interpreter_on_the_xla_device(xla, monkeypatch):
     monkeypatch.setenv("TORCH_RPA_XLA_KERNEL", "interpret")
-    with pytest.raises(NotImplementedError, match="the Pallas kernel, which does not exist yet"):
-        make_batch().to(xla).read()
+    batch = make_batch(((1, 21), (5, 19)), heads=(4, 2, 64))
+    out, lse = batch.to(xla).read(sm_scale=0.125)
+    assert_matches_oracle(batch, out, lse, sm_scale=0.125)
+    batch = forget_new_tokens(batch)
+    out, new_pages = batch.to(xla).update(sm_scale=0.125)
+    assert_matches_oracle(batch, out, update=True, sm_scale=0.125)
+    assert torch.equal(bytes_of(new_pages), bytes_of(batch.expected(update=True)[2]))
 
 
 # A TPU client's version as Cloud TPU prints it: the last line holds the build time in brackets.
@@ -224,13 +229,30 @@ def test_pallas_kernels_are_lowered_to_the_mosaic_version_that_the_pinned_libtpu
         assert mosaic_version(lower_a_pallas_kernel()) == 7
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
-def test_lowering_the_ops_starts_no_jax_client(platform, xla):
+def lower_the_update(batch, platform):
     from torch_rpa import bridge
     from torch_rpa.options import AttentionOptions
 
-    batch = make_batch()
     names = ("q", "k", "v", "kv_pages", "kv_lens", "page_indices", "cu_q_lens", "num_seqs")
     specs = [(name, getattr(batch, name).shape, getattr(batch, name).dtype, "xla:0") for name in names]
     with tpu_vm():
-        assert bridge._lower("ragged_paged_attention_update", specs, AttentionOptions(), platform, interpret=False)
+        return bridge._lower("ragged_paged_attention_update", specs, AttentionOptions(), platform, interpret=False)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_lowering_the_ops_starts_no_jax_client(platform, xla):
+    assert lower_the_update(make_batch(form="flat"), platform)
+
+
+@pytest.mark.parametrize(
+    "batch, reason",
+    [
+        (make_batch(), "pages on TPU are flat, .* as torch_rpa.empty_kv_pages"),
+        (make_batch(heads=(2, 1, 80), form="flat"), "to be a multiple of 128, got 160; .* torch_rpa.empty_kv_pages"),
+    ],
+    ids=["heads_form", "width"],
+)
+def test_pages_that_a_tpu_cannot_address_are_refused_when_lowered_for_one(batch, reason, xla):
+    with pytest.raises(NotImplementedError, match=reason):
+        lower_the_update(batch, "tpu")
+    assert lower_the_update(batch, "cpu")

@@ -206,6 +206,22 @@ def not_supported_reasons(args: dict[str, ArgSpec], platform: str | None = None)
     return reasons
 
 
+def tpu_form_reasons(q_shape, kv_pages_shape) -> list[str]:
+    """Why the TPU kernel cannot address these pages, each with what would work; empty where it can."""
+    reasons, width = [], 2 * page_shape(kv_pages_shape, q_shape[2]).num_kv_heads * q_shape[2]
+    if width % 128:
+        reasons.append(
+            f"pages on TPU need 2 * num_kv_heads * head_dim to be a multiple of 128, got {width}; "
+            "pad the KV heads and make the pages with torch_rpa.empty_kv_pages"
+        )
+    elif len(kv_pages_shape) == 4:
+        reasons.append(
+            "pages on TPU are flat, [num_pages, page_size, 2 * num_kv_heads * head_dim], as torch_rpa.empty_kv_pages "
+            f"makes them, got shape {list(kv_pages_shape)}"
+        )
+    return reasons
+
+
 def check_metadata(
     kv_lens: list[int],
     page_indices: list[list[int]],

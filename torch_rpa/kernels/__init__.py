@@ -1,11 +1,14 @@
 """The pure JAX entry: ragged paged attention on JAX arrays. Nothing here imports torch.
 
-Until the Pallas kernel for TPU lands, every device runs the plain XLA form in ``xla.py``.
+Lowered for TPU, a call runs the Pallas kernel in ``kernel.py``; for any other device, the plain XLA form in ``xla.py``.
 """
 
-from torch_rpa.kernels import xla
+import jax
+
+from torch_rpa.kernels import kernel, xla
+from torch_rpa.kernels.refuse import refuse_on_tpu
 from torch_rpa.options import AttentionOptions
-from torch_rpa.validation import ArgSpec, check_static
+from torch_rpa.validation import ArgSpec, check_static, tpu_form_reasons
 
 __all__ = ["ragged_paged_attention", "ragged_paged_attention_update", "ragged_paged_attention_with_lse"]
 
@@ -25,7 +28,8 @@ def ragged_paged_attention_with_lse(
         num_seqs: int32 [1].
         sinks: [num_q_heads], float32 or q's dtype: one more logit of each row, without a value.
         mask_value: accepted for callers of the older ops; changes no result.
-        interpret: run the Pallas kernel in the interpreter.
+        interpret: run the Pallas kernel in an interpreter: True for the HLO interpreter, or a
+            ``pltpu.InterpretParams`` for the TPU interpreter.
         **options: the fields of ``torch_rpa.options.AttentionOptions``: sm_scale, causal, sliding_window, ...
 
     Returns:
@@ -33,16 +37,18 @@ def ragged_paged_attention_with_lse(
 
     Raises:
         ValueError, TypeError: an argument that is not as above.
-        NotImplementedError: what the device cannot do; ``interpret`` before the Pallas kernel exists.
+        NotImplementedError: what the device cannot do; for TPU some of it when the call is lowered.
     """
-    tensors = {"q": q, "kv_pages": kv_pages, **_metadata(kv_lens, page_indices, cu_q_lens, num_seqs), "sinks": sinks}
-    options = _check(tensors, options, interpret)
-    return xla.attend(q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sinks, options)
+    args = {"q": q, "kv_pages": kv_pages, **_metadata(kv_lens, page_indices, cu_q_lens, num_seqs), "sinks": sinks}
+    return _attend(args, options, interpret, with_lse=True)
 
 
-def ragged_paged_attention(*args, **kwargs):
+def ragged_paged_attention(
+    q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, *, sinks=None, mask_value=None, interpret=False, **options
+):
     """``ragged_paged_attention_with_lse`` without the lse: the same arguments, returns out."""
-    return ragged_paged_attention_with_lse(*args, **kwargs)[0]
+    args = {"q": q, "kv_pages": kv_pages, **_metadata(kv_lens, page_indices, cu_q_lens, num_seqs), "sinks": sinks}
+    return _attend(args, options, interpret, with_lse=False)[0]
 
 
 def ragged_paged_attention_update(
@@ -58,18 +64,51 @@ def ragged_paged_attention_update(
         out, as q, and new_kv_pages, as kv_pages.
     """
     metadata = _metadata(kv_lens, page_indices, cu_q_lens, num_seqs)
-    options = _check({"q": q, "k": k, "v": v, "kv_pages": kv_pages, **metadata, "sinks": sinks}, options, interpret)
-    new_kv_pages = xla.write_kv_pages(k, v, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, options)
-    return xla.attend(q, new_kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sinks, options)[0], new_kv_pages
+    args = {"q": q, "k": k, "v": v, "kv_pages": kv_pages, **metadata, "sinks": sinks}
+    options = _check(args, options)
+
+    def by_kernel(args, interpret=False):
+        return kernel.attend_update(**args, options=options, interpret=interpret)
+
+    def by_xla(args):
+        new_kv_pages = xla.write_kv_pages(
+            args["k"], args["v"], args["kv_pages"], kv_lens, page_indices, cu_q_lens, num_seqs, options
+        )
+        rest = {name: x for name, x in args.items() if name not in ("k", "v", "kv_pages")}
+        return xla.attend(**rest, kv_pages=new_kv_pages, options=options)[0], new_kv_pages
+
+    return _on_device(by_kernel, by_xla, args, interpret)
+
+
+def _attend(args, options, interpret, with_lse):
+    options = _check(args, options)
+
+    def by_kernel(args, interpret=False):
+        return kernel.attend(**args, options=options, with_lse=with_lse, interpret=interpret)
+
+    def by_xla(args):
+        out, lse = xla.attend(**args, options=options)
+        return out, lse if with_lse else None
+
+    return _on_device(by_kernel, by_xla, args, interpret)
+
+
+def _on_device(by_kernel, by_xla, args, interpret):
+    """``by_kernel`` in the interpreter and where the call is lowered for TPU, ``by_xla`` elsewhere."""
+    if interpret:
+        return by_kernel(args, interpret)
+    reasons = tpu_form_reasons(args["q"].shape, args["kv_pages"].shape)
+    if reasons:
+        args = args | {"q": refuse_on_tpu(args["q"], "torch_rpa cannot run this call: " + "; ".join(reasons))}
+        return by_xla(args)
+    return jax.lax.platform_dependent(args, tpu=by_kernel, default=by_xla)
 
 
 def _metadata(kv_lens, page_indices, cu_q_lens, num_seqs):
     return {"kv_lens": kv_lens, "page_indices": page_indices, "cu_q_lens": cu_q_lens, "num_seqs": num_seqs}
 
 
-def _check(tensors, options, interpret) -> AttentionOptions:
-    if interpret:
-        raise NotImplementedError("interpret=True runs the Pallas kernel, which does not exist yet; leave it out")
+def _check(tensors, options) -> AttentionOptions:
     specs = {name: ArgSpec(x.shape, x.dtype.name, "jax") for name, x in tensors.items() if x is not None}
     options = AttentionOptions(**options)
     check_static(specs, options)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from torch_rpa import mask
+from torch_rpa.kernels.quantize import quantize
 from torch_rpa.options import AttentionOptions
 from torch_rpa.validation import page_shape
 
@@ -109,7 +110,8 @@ def write_kv_pages(k, v, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, o
     inside = (row >= seqs.first_row[s]) & (row < seqs.first_row[s] + seqs.q_len[s])
     inside &= (position >= 0) & (page >= 0) & (page < num_pages)
     slot = jnp.where(inside, page * page_size + position % page_size, num_pages * page_size)
-    new = jnp.stack([_quantize(k, kv_pages.dtype, options.k_scale), _quantize(v, kv_pages.dtype, options.v_scale)], 2)
+    new = [quantize(x, kv_pages.dtype, _divisor(scale)) for x, scale in ((k, options.k_scale), (v, options.v_scale))]
+    new = jnp.stack(new, axis=2)
     tokens = _as_bits(kv_pages).reshape(num_pages * page_size, num_kv_heads * 2 * head_dim)
     tokens = tokens.at[slot].set(_as_bits(new).reshape(num_tokens, -1), mode="drop")
     return lax.bitcast_convert_type(tokens, kv_pages.dtype).reshape(kv_pages.shape)
@@ -208,29 +210,12 @@ def _put_rows(array, row, new, inside):
     return lax.dynamic_update_slice_in_dim(array, jnp.where(inside, new, old), row, axis=0)
 
 
+def _divisor(scale):
+    """The scale, hidden behind a barrier: XLA would multiply by the reciprocal of a constant, which rounds otherwise."""
+    return None if scale is None else lax.optimization_barrier(jnp.float32(scale))
+
+
 def _as_bits(x):
     """x as integers where XLA's CPU compiler would widen it to move it, and so change the bits of a NaN."""
     widened = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
     return lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}") if widened else x
-
-
-def _quantize(x, dtype, scale):
-    """``x / scale`` as ``dtype``: rounded to nearest even and clamped; plain casts wrap or give NaN."""
-    if scale is not None:
-        # Behind the barrier the scale is no constant, whose reciprocal XLA would multiply by: that rounds otherwise.
-        x = x.astype(jnp.float32) / lax.optimization_barrier(jnp.float32(scale))
-    if dtype == jnp.int8:
-        return jnp.nan_to_num(jnp.clip(jnp.round(x.astype(jnp.float32)), -128, 127)).astype(dtype)
-    return _round_to_fp8(x, dtype) if dtype.itemsize == 1 else x.astype(dtype)
-
-
-def _round_to_fp8(x, dtype):
-    """x as fp8, rounded once: XLA's CPU compiler casts through float16, which rounds twice and so may round wrong."""
-    limits = jnp.finfo(dtype)
-    largest = float(limits.max)
-    x = jnp.clip(x.astype(jnp.float32), -largest, largest)
-    exponent = (lax.bitcast_convert_type(x, jnp.int32) >> 23 & 0xFF) - 127
-    # The step between neighbours in fp8, a power of two; below the smallest normal number it stays the same.
-    step = jnp.maximum(exponent, limits.minexp) - limits.nmant
-    step = lax.bitcast_convert_type(step + 127 << 23, jnp.float32)
-    return (jnp.round(x / step) * step).astype(dtype)

@@ -1,0 +1,224 @@
+"""The Pallas kernel in the HLO interpreter against the float64 oracle, and its parts on plain arrays.
+
+Batches of one shape share one compiled program, whatever their lengths: ``run`` pads every batch to the same sizes.
+"""
+
+from dataclasses import replace
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from batches import assert_matches_oracle, bytes_of, forget_new_tokens, make_batch
+from test_attention import BATCHES
+from test_kernels import arrays, to_jax, to_torch
+
+from torch_rpa import kernels
+from torch_rpa.kernels import schedule, softmax
+from torch_rpa.kernels.config import make_config
+from torch_rpa.options import AttentionOptions
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+
+NUM_TOKENS, MAX_NUM_SEQS, PAGES_PER_SEQ, NUM_PAGES = 208, 12, 24, 64
+
+
+def padded(batch):
+    """The batch with poison up to the sizes above."""
+
+    def pad(x, shape, value):
+        padding = [side for have, want in zip(x.shape[::-1], shape[::-1], strict=True) for side in (0, want - have)]
+        return torch.nn.functional.pad(x, padding, value=value)
+
+    rows = {
+        name: pad(getattr(batch, name), (NUM_TOKENS, *getattr(batch, name).shape[1:]), torch.nan) for name in "qkv"
+    }
+    poison = batch.kv_pages.new_full((NUM_PAGES - len(batch.kv_pages), *batch.kv_pages.shape[1:]), 127)
+    poison = poison if batch.kv_pages.dtype == torch.int8 else torch.full(poison.shape, torch.nan).to(poison.dtype)
+    return replace(
+        batch,
+        **rows,
+        kv_pages=torch.cat([batch.kv_pages.view(torch.uint8), poison.view(torch.uint8)]).view(batch.kv_pages.dtype),
+        kv_lens=pad(batch.kv_lens, (MAX_NUM_SEQS,), -3),
+        page_indices=pad(batch.page_indices, (MAX_NUM_SEQS, PAGES_PER_SEQ), -1),
+        cu_q_lens=pad(batch.cu_q_lens, (MAX_NUM_SEQS + 1,), 10**9),
+    )
+
+
+@lru_cache(maxsize=None)
+def compiled(op, options, interpret=True):
+    return jax.jit(lambda args: getattr(kernels, op)(**args, **dict(options), interpret=interpret))
+
+
+def run(op, batch, sinks=None, **options):
+    args = arrays(batch, update=op.endswith("update"))
+    if sinks is not None:
+        args["sinks"] = to_jax(sinks)
+    results = compiled(op, tuple((options | batch.scales).items()))(args)
+    return [to_torch(x) for x in (results if isinstance(results, tuple) else (results,))]
+
+
+def check_read(batch, **options):
+    out, lse = run("ragged_paged_attention_with_lse", batch, **options)
+    assert_matches_oracle(batch, out, lse, **options)
+
+
+def check_update(batch, **options):
+    batch = forget_new_tokens(batch)
+    out, pages = run("ragged_paged_attention_update", batch, **options)
+    assert_matches_oracle(batch, out, update=True, **options)
+    expected = batch.expected(update=True, **options)[2]
+    assert torch.equal(pages.isnan(), expected.isnan())
+    pages, expected = (bytes_of(x.float().nan_to_num(-7.0)) for x in (pages, expected))
+    assert torch.equal(pages, expected), "other slots changed, or new tokens are not in theirs"
+
+
+@pytest.mark.parametrize("seqs", BATCHES.values(), ids=BATCHES)
+def test_equals_the_oracle_for_every_mix_of_lengths(seqs):
+    check_read(padded(make_batch(seqs, form="flat")), num_queries_per_block=64)
+
+
+@pytest.mark.parametrize("seqs", BATCHES.values(), ids=BATCHES)
+def test_the_update_equals_the_oracle_for_every_mix_of_lengths(seqs):
+    check_update(padded(make_batch(seqs, form="flat")), num_queries_per_block=64, num_kv_pages_per_block=2)
+
+
+def test_a_mix_of_lengths_compiles_once():
+    options = (("num_queries_per_block", 64),)
+    for seqs in BATCHES.values():
+        check_read(padded(make_batch(seqs, form="flat")), **dict(options))
+    assert compiled("ragged_paged_attention_with_lse", options)._cache_size() == 1
+
+
+OPTIONS = {
+    "not_causal": {"causal": False},
+    "window_1": {"sliding_window": 1},
+    "window_in_small_blocks": {"sliding_window": 20, "num_kv_pages_per_block": 1, "num_queries_per_block": 16},
+    "window_not_causal": {"sliding_window": 7, "causal": False, "num_kv_pages_per_block": 3},
+    "soft_cap_and_negative_scale": {"soft_cap": 5.0, "sm_scale": -0.3},
+    "scales": {"k_scale": 0.5, "v_scale": 3.0},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_equals_the_oracle_for_every_option(options):
+    check_read(make_batch(), **options)
+
+
+# Ratios and sizes of real models with fewer heads: the interpreter's compile time grows with them.
+HEADS = {"qwen2.5": (7, 1, 128), "gemma-2": (2, 1, 256), "gpt-oss": (16, 2, 64), "phi-3": (4, 4, 96), "falcon": (13, 1, 64)}
+
+
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+def test_equals_the_oracle_for_the_heads_of_real_models(heads):
+    check_read(make_batch(((1, 21), (5, 19)), heads=heads, dtype=torch.bfloat16, page_size=8), sm_scale=heads[2] ** -0.5)
+
+
+@pytest.mark.parametrize("head_dim", [80, 192])
+def test_equals_the_oracle_for_odd_head_dims(head_dim):
+    check_read(make_batch(((1, 21), (5, 19)), heads=(4, 4, head_dim), page_size=32), sm_scale=head_dim**-0.5)
+
+
+@pytest.mark.parametrize("page_size", [8, 64])
+def test_reads_and_updates_pages_of_every_size(page_size):
+    check_update(make_batch(((1, page_size + 1), (9, 2 * page_size), (0, 0)), page_size=page_size, form="flat"))
+
+
+@pytest.mark.parametrize("kv_dtype", [None, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_equals_the_oracle_for_every_dtype(dtype, kv_dtype):
+    check_read(make_batch(dtype=dtype, kv_dtype=kv_dtype), sm_scale=0.125)
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.bfloat16], ids=str)
+def test_the_update_quantises_as_the_oracle_does(kv_dtype):
+    check_update(make_batch(dtype=torch.bfloat16, kv_dtype=kv_dtype), sm_scale=0.125)
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 5}], ids=str)
+def test_sinks_are_one_more_logit_without_a_value(options):
+    check_read(make_batch(), sinks=torch.tensor([0.3, -torch.inf, 4.0, 30.0]), **options)
+
+
+def test_pages_before_the_window_may_be_freed_and_are_not_fetched():
+    batch = make_batch(((1, 100), (4, 90)))
+    batch.page_indices[0, :5] = -1
+    batch.page_indices[1, :4] = 10**6
+    check_read(batch, sliding_window=10)
+
+
+@pytest.mark.parametrize("num_pages_per_block", [1, 16])
+def test_rows_do_not_depend_on_the_batch(num_pages_per_block):
+    """Bit for bit: the sequences of a batch, each also alone in a batch of the same shapes."""
+    batch = make_batch(((1, 37), (20, 20), (1, 130), (1, 200), (6, 50)), dtype=torch.bfloat16)
+    options = {"sm_scale": 0.125, "num_kv_pages_per_block": num_pages_per_block}
+    together = run("ragged_paged_attention_with_lse", batch, **options)
+    for s in range(5):
+        first, last = int(batch.cu_q_lens[s]), int(batch.cu_q_lens[s + 1])
+        alone = replace(batch, **{n: getattr(batch, n).clone() for n in ("q", "kv_lens", "page_indices", "cu_q_lens")})
+        alone.q[: last - first] = batch.q[first:last]
+        alone.kv_lens[0], alone.page_indices[0] = batch.kv_lens[s], batch.page_indices[s]
+        alone.cu_q_lens[1] = last - first
+        alone = replace(alone, num_seqs=torch.ones_like(batch.num_seqs))
+        single = run("ragged_paged_attention_with_lse", alone, **options)
+        for whole, part in zip(together, single, strict=True):
+            assert torch.equal(whole[first:last], part[: last - first])
+
+
+# ---- Parts on plain arrays --------------------------------------------------------------------------------------
+
+
+def small_config(**options):
+    q, pages = jax.ShapeDtypeStruct((64, 4, 64), jnp.float32), jax.ShapeDtypeStruct((9, 8, 256), jnp.float32)
+    options = AttentionOptions(num_kv_pages_per_block=2, num_queries_per_block=16, **options)
+    table = jax.ShapeDtypeStruct((3, 10), jnp.int32)
+    return make_config(q, pages, table, options, with_lse=True, with_sinks=False, with_update=False)
+
+
+def items(config, first_row, end_row, kv_len):
+    """Every item of a sequence: (row block, first key, keys fetched)."""
+    for row_block in range(first_row // config.block_rows, -(-end_row // config.block_rows)):
+        tile = schedule.make_tile(config, row_block, first_row, end_row, kv_len)
+        for block in range(int(tile.first_block), int(tile.end_block)):
+            item = schedule.make_item(config, row_block, tile, block)
+            yield row_block, int(item.first_key), int(item.num_units) * config.unit_tokens
+
+
+def test_the_schedule_fetches_what_the_rows_of_a_block_can_see_and_no_more():
+    assert list(items(small_config(), 10, 20, 30)) == [(0, 0, 16), (0, 16, 16), (1, 0, 16), (1, 16, 16)]
+    assert list(items(small_config(), 0, 1, 33)) == [(0, 0, 16), (0, 16, 16), (0, 32, 8)]
+    assert list(items(small_config(), 0, 20, 20)) == [(0, 0, 16), (1, 0, 16), (1, 16, 8)]  # rows 0-15 see 16 keys
+    assert list(items(small_config(sliding_window=4), 0, 1, 70)) == [(0, 64, 8)]
+    assert list(items(small_config(causal=False), 0, 1, 17)) == [(0, 0, 16), (0, 16, 8)]
+
+
+def test_a_sequence_without_visible_keys_is_one_item_without_pages():
+    assert list(items(small_config(), 0, 1, 0)) == [(0, 0, 0)]
+
+
+def test_softmax_over_chunks_equals_softmax_over_all():
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(n, 64)), jnp.float32) for n in (5, 96, 96))
+    scores = softmax.logits(q, k, scale=0.3, soft_cap=None)
+    scores = scores.at[1, :40].set(-jnp.inf).at[2].set(-jnp.inf)
+    rows = (jnp.full((5, 128), softmax.LOWEST), jnp.zeros((5, 128)), jnp.zeros((5, 64)))
+    state = softmax.State(*rows)
+    for first in range(0, 96, 32):
+        state = softmax.update(state, scores[:, first : first + 32], v[first : first + 32])
+    factor, lse = softmax.finish(state.top, state.total)
+    natural = np.asarray(scores, np.float64)
+    with np.errstate(divide="ignore"):
+        expected_lse = np.log(np.exp(natural).sum(axis=1))
+    np.testing.assert_allclose(lse[:, 0], expected_lse, rtol=1e-5)
+    weights = np.exp(natural - np.where(np.isinf(expected_lse), 0, expected_lse)[:, None])
+    np.testing.assert_allclose(state.acc * factor[:, :1], weights @ np.asarray(v), atol=1e-5)
+    assert not (state.acc * factor[:, :1])[2].any()
+
+
+def test_a_chunk_that_a_row_does_not_see_leaves_its_state_bit_for_bit():
+    rng = np.random.default_rng(1)
+    state = softmax.State(jnp.full((3, 128), 1.7), jnp.full((3, 128), 2.3), jnp.asarray(rng.normal(size=(3, 64))))
+    after = softmax.update(state, jnp.full((3, 32), -jnp.inf), jnp.ones((32, 64)))
+    assert all(jnp.array_equal(a, b) for a, b in zip(state, after, strict=True))

@@ -1,0 +1,318 @@
+"""Shapes, block sizes and memory of one compiled kernel: frozen facts that every other module reads.
+
+    q, out [num_tokens, num_q_heads * head_dim]           kv_pages [num_pages, page_size, 2 * num_kv_heads * head_dim]
+
+      row block 0  +-----------------+  sequence 0          sequence 1, pages in the order of its page table:
+                   | s0 s0 s0 s0 s0  |  rows 0-4
+                   | s1              |  row 5 (decode)      | page 7 | page 2 | page 9 | page 4 | page 0 |~ tail ~|
+                   | s2 s2 s2 s2 s2  |  rows 6-             |<- key block 0 ->|<- key block 1 ->|<- key block 2 ->|
+      row block 1  +-----------------+                      (whole pages; blocks count from the sequence's start)
+                   | s2 s2 s2        |  rows -16
+                   | padding, zeros  |                      one token of a page, heads interleaved on lanes:
+                   +-----------------+                      | K0 | V0 | K1 | V1 | ...   head_dim lanes each
+
+    row block    ``block_rows`` rows of q and out: one grid step, staged by BlockSpec
+    tile         the rows of one sequence inside one row block
+    key block    ``block_pages`` pages of one sequence, all heads: one slot of the ring of ``num_slots`` buffers
+    item         a tile and one of its key blocks: the unit of fetching and of computing
+    decode group ``group_items`` items of decode rows, computed together, each with the query heads of a set of KV heads
+    row step     ``step_rows`` rows of a prefill tile's matrix of one KV head, in which row ``r * group + g`` is row r for
+                 the g-th query head that shares it
+"""
+
+from dataclasses import dataclass, replace
+from math import gcd
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from torch_rpa.options import AttentionOptions
+from torch_rpa.validation import page_shape
+
+LANES = 128
+# Rows that one copy loop of the kernel moves: a whole tile of the narrowest q dtype.
+COPY_ROWS = 16
+# Rows that a DMA may take of a page, whatever its dtype.
+_UNIT_TOKENS = 32
+# Rows of q and out staged at once.
+_BLOCK_ROWS = 128
+_KEYS_PER_BLOCK = 256
+_STEP_ROWS = 512
+_PREFILL_HEADS = 2
+_SPAN_KEYS = 512
+# Lanes of one token that a decode step takes at once.
+_SET_LANES = 2048
+_NUM_SLOTS = 8
+_GROUP_ITEMS = 4
+_WRITE_SLOTS = 64
+_DEFAULT_VMEM_LIMIT_BYTES = 64 * 2**20
+# Of VMEM for what is declared; the rest is the compiler's own, for values that do not fit into registers.
+_VMEM_SHARE = 0.75
+
+
+class HeadLanes(NamedTuple):
+    """Where a KV head's lanes stand in a decode matrix: the first head's, and how far it is to the next head's."""
+
+    first: int
+    step: int
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """One compiled program: everything but the values of the arrays.
+
+    Attributes:
+        block_rows, block_pages, num_slots, group_items, step_rows: see the figure.
+        write_slots: tiles of new tokens on their way to the pages.
+        kv_dtype, q_dtype: names of dtypes.
+        with_lse, with_sinks, with_update: whether lse is written, sinks are read, new tokens are written to the pages.
+    """
+
+    num_tokens: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_pages: int
+    page_size: int
+    max_num_seqs: int
+    pages_per_seq: int
+    q_dtype: str
+    kv_dtype: str
+    options: AttentionOptions
+    with_lse: bool
+    with_sinks: bool
+    with_update: bool
+    block_rows: int
+    block_pages: int
+    num_slots: int
+    group_items: int
+    write_slots: int
+    step_rows: int
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a KV head."""
+        return self.num_q_heads // self.num_kv_heads
+
+    @property
+    def block_keys(self) -> int:
+        return self.block_pages * self.page_size
+
+    @property
+    def num_row_blocks(self) -> int:
+        return -(-self.num_tokens // self.block_rows)
+
+    @property
+    def short_pages(self) -> int:
+        """Pages of a block that a decode group computes where no member needs more."""
+        return max(1, self.block_pages // 2)
+
+    @property
+    def unit_tokens(self) -> int:
+        """Tokens that a DMA moves at least."""
+        return min(self.page_size, _UNIT_TOKENS)
+
+    @property
+    def units_per_page(self) -> int:
+        return self.page_size // self.unit_tokens
+
+    @property
+    def kv_width(self) -> int:
+        """Lanes of one token in a page."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+    @property
+    def compute_dtype(self):
+        """What the matrix unit multiplies; it accumulates in float32."""
+        return jnp.bfloat16 if self.q_dtype == "bfloat16" else jnp.float32
+
+    @property
+    def lane_parts(self) -> int:
+        """Pieces that a head's rows are kept in: one at most a vector register wide has its rows at any offset."""
+        return 1 if self.head_dim <= LANES else 2
+
+    @property
+    def part_lanes(self) -> int:
+        """Lanes of a piece; it is kept in whole vector registers, filled up with zeros."""
+        return self.head_dim // self.lane_parts
+
+    @property
+    def heads_per_step(self) -> int:
+        """KV heads computed in one iteration of a loop: the fewest whose lanes begin at a multiple of 128."""
+        fewest = LANES // gcd(LANES, 2 * self.head_dim)
+        return fewest if self.num_kv_heads % fewest == 0 else self.num_kv_heads
+
+    @property
+    def set_heads(self) -> int:
+        """KV heads that a decode step computes together."""
+        return self._whole_sets(_SET_LANES // (2 * self.head_dim))
+
+    @property
+    def prefill_heads(self) -> int:
+        """KV heads that a prefill step computes together."""
+        return self._whole_sets(_PREFILL_HEADS)
+
+    @property
+    def span_blocks(self) -> int:
+        """Key blocks that a prefill step takes at once; a tile's rows keep their state for that long in registers."""
+        return max(1, min(_SPAN_KEYS // self.block_keys, self.num_slots // 2))
+
+    def _whole_sets(self, most) -> int:
+        """The largest number of heads, ``most`` or fewer if possible, that the heads and the lanes can be cut into."""
+        steps = self.num_kv_heads // self.heads_per_step
+        fitting = [n for n in range(1, steps + 1) if steps % n == 0 and n * self.heads_per_step <= most]
+        return max(fitting, default=1) * self.heads_per_step
+
+    @property
+    def num_head_sets(self) -> int:
+        return self.num_kv_heads // self.set_heads
+
+    @property
+    def splits_kv(self) -> bool:
+        """Whether K and V are whole vector registers, and so come apart for free."""
+        return self.head_dim % LANES == 0
+
+    @property
+    def k_lanes(self) -> HeadLanes:
+        """Of a head in a decode step's q and k."""
+        return HeadLanes(0, self.head_dim if self.splits_kv else 2 * self.head_dim)
+
+    @property
+    def v_lanes(self) -> HeadLanes:
+        """Of a head in a decode step's acc and v."""
+        return HeadLanes(0 if self.splits_kv else self.head_dim, self.k_lanes.step)
+
+    def widen(self, kv):
+        """Stored keys or values in the dtype to compute in, not scaled."""
+        if kv.dtype.itemsize == 1 and kv.dtype != jnp.int8:
+            kv = kv.astype(jnp.float32)  # Mosaic casts fp8 to and from float32 only
+        return kv.astype(self.compute_dtype)
+
+    @property
+    def rows_shape(self) -> tuple[int, ...]:
+        """float32 scratch that holds q, or the accumulator, of a row block; a row step may reach past its end."""
+        matrix_rows = self.block_rows * self.group + self.step_rows
+        return self.num_kv_heads, self.lane_parts, matrix_rows, LANES
+
+    @property
+    def statistics_shape(self) -> tuple[int, ...]:
+        """float32 scratch for the maximum, or the sum, of every matrix row, the same in each lane."""
+        return self.num_kv_heads, self.rows_shape[2], LANES
+
+    @property
+    def float32_scratch(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of q_rows, acc_rows, top_rows, total_rows, decode_q, decode_acc, decode_top, decode_total."""
+        heads = self.num_head_sets, self.set_heads * self.group
+        decode_q = self.group_items, *heads, self.set_heads * self.k_lanes.step
+        decode_state = (*heads, self.head_dim), (*heads, LANES), (*heads, LANES)
+        return *[self.rows_shape] * 2, *[self.statistics_shape] * 2, decode_q, *decode_state
+
+    @property
+    def write_tokens(self) -> int:
+        """Tokens that a write to the pages moves: one tile of rows."""
+        return 8 if jnp.dtype(self.kv_dtype).itemsize > 1 else self.unit_tokens
+
+    @property
+    def new_rows_shape(self) -> tuple[int, ...]:
+        """float32 scratch for k, or v, of a row block, with room for a tile that begins before it or ends after it."""
+        heads, parts, _, lanes = self.rows_shape
+        return heads, parts, self.block_rows + 2 * self.write_tokens, lanes
+
+    @property
+    def write_buffer_shape(self) -> tuple[int, ...]:
+        return self.write_slots, self.write_tokens, self.kv_width
+
+    @property
+    def kv_buffer_shape(self) -> tuple[int, ...]:
+        return self.num_slots, self.block_pages, self.page_size, self.kv_width
+
+    @property
+    def vmem_bytes(self) -> int:
+        """Bytes of VMEM that the scratch, the staged row blocks and the scores of a prefill step take."""
+        staged = 2 * 2 * _padded_bytes((self.block_rows, self.num_q_heads * self.head_dim), self.q_dtype)
+        staged += 2 * _padded_bytes((self.block_rows, self.num_q_heads), "float32") * self.with_lse
+        scratch = sum(_padded_bytes(shape, "float32") for shape in self.float32_scratch)
+        scores = self.prefill_heads * self.step_rows * self.span_blocks * self.block_keys
+        scratch += scores * (4 + jnp.dtype(self.compute_dtype).itemsize)
+        if self.with_update:
+            staged += 4 * _padded_bytes((self.block_rows, self.num_kv_heads * self.head_dim), self.q_dtype)
+            scratch += 2 * _padded_bytes(self.new_rows_shape, "float32")
+            scratch += _padded_bytes(self.write_buffer_shape, self.kv_dtype)
+        return staged + scratch + _padded_bytes(self.kv_buffer_shape, self.kv_dtype)
+
+    @property
+    def smem_bytes(self) -> int:
+        """Bytes of SMEM that the metadata takes."""
+        return 4 * (self.max_num_seqs * (self.pages_per_seq + 2) + 2)
+
+    @property
+    def vmem_limit_bytes(self) -> int:
+        return self.options.vmem_limit_bytes or _DEFAULT_VMEM_LIMIT_BYTES
+
+
+def fill_lanes(x):
+    """x [rows, lanes] with zeros up to whole vector registers."""
+    missing = -x.shape[1] % LANES
+    return jnp.concatenate([x, jnp.zeros((x.shape[0], missing), x.dtype)], axis=1) if missing else x
+
+
+def _padded_bytes(shape, dtype) -> int:
+    """Bytes of an array whose last dimension is padded to whole vector registers."""
+    *outer, lanes = shape
+    count = -(-lanes // LANES) * LANES
+    for size in outer:
+        count *= size
+    return count * jnp.dtype(dtype).itemsize
+
+
+def make_config(q, kv_pages, page_indices, options: AttentionOptions, *, with_lse, with_sinks, with_update) -> KernelConfig:
+    """The configuration for arrays of these shapes and dtypes.
+
+    Args:
+        q: [num_tokens, num_q_heads, head_dim]; kv_pages of either form; page_indices [max_num_seqs, pages_per_seq]:
+            arrays, or anything with a shape and a dtype.
+        options: its block sizes override the choice made here.
+    """
+    num_tokens, num_q_heads, head_dim = q.shape
+    pages = page_shape(kv_pages.shape, head_dim)
+    group = num_q_heads // pages.num_kv_heads
+    block_pages = options.num_kv_pages_per_block or max(1, _KEYS_PER_BLOCK // pages.page_size)
+    block_rows = -(-(options.num_queries_per_block or _BLOCK_ROWS) // COPY_ROWS) * COPY_ROWS
+    config = KernelConfig(
+        num_tokens=num_tokens,
+        num_q_heads=num_q_heads,
+        num_kv_heads=pages.num_kv_heads,
+        head_dim=head_dim,
+        num_pages=pages.num_pages,
+        page_size=pages.page_size,
+        max_num_seqs=page_indices.shape[0],
+        pages_per_seq=page_indices.shape[1],
+        q_dtype=q.dtype.name,
+        kv_dtype=kv_pages.dtype.name,
+        options=options,
+        with_lse=with_lse,
+        with_sinks=with_sinks,
+        with_update=with_update,
+        block_rows=min(block_rows, -(-num_tokens // COPY_ROWS) * COPY_ROWS),
+        block_pages=block_pages,
+        num_slots=_NUM_SLOTS,
+        group_items=_GROUP_ITEMS,
+        write_slots=_WRITE_SLOTS,
+        step_rows=min(_STEP_ROWS, -(-num_tokens * group // 8) * 8),
+    )
+    return _fit(config)
+
+
+def _fit(config: KernelConfig) -> KernelConfig:
+    """The configuration with its blocks halved, those first that cost least, until it fits into VMEM."""
+    shares = {
+        "write_slots": 16, "step_rows": 128, "block_rows": 64, "num_slots": 6, "block_pages": 1, "group_items": 2
+    }  # fmt: skip
+    given = {"block_rows": config.options.num_queries_per_block, "block_pages": config.options.num_kv_pages_per_block}
+    while config.vmem_bytes > config.vmem_limit_bytes * _VMEM_SHARE:
+        too_big = [name for name, least in shares.items() if not given.get(name) and getattr(config, name) > least]
+        if not too_big:
+            break
+        name = max(too_big, key=lambda name: getattr(config, name) / shares[name])
+        config = replace(config, **{name: max(shares[name], getattr(config, name) // 2)})
+    return config

@@ -1,0 +1,87 @@
+"""Pages from HBM to VMEM: start and wait as a pair, for one slot of a ring of buffers.
+
+Whole pages are fetched, but of a page that a sequence fills in part only the ``unit_tokens`` that hold its tokens: DMAs
+move whole tiles of rows, and 32 rows are a whole tile of every dtype.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from torch_rpa.kernels import schedule
+from torch_rpa.kernels.config import KernelConfig
+
+# DMAs of one iteration: a scalar core that issues one at a time waits for every table entry.
+_UNROLL = 4
+
+
+class PageFetch(NamedTuple):
+    """Fetches key blocks of any sequence.
+
+    Attributes:
+        page_indices: SMEM int32 [max_num_seqs * pages_per_seq]; entries that are fetched may still be out of range.
+        kv_pages_hbm: [num_pages, page_size, kv_width].
+        kv_buffer: VMEM [num_slots, block_pages, page_size, kv_width].
+        sems: one DMA semaphore for each slot.
+    """
+
+    config: KernelConfig
+    page_indices: Any
+    kv_pages_hbm: Any
+    kv_buffer: Any
+    sems: Any
+
+    def start(self, slot, seq, block, pages: schedule.Pages):
+        """Begin to fetch these pages of sequence ``seq`` to their places in a key block."""
+        config = self.config
+        table, places = seq * config.pages_per_seq, block * config.block_pages
+
+        def start_page(i):
+            self._page(self._page_number(table + i), slot, i - places).start()
+
+        def start_unit(i):
+            page = pages.end_full
+            rows = pl.ds(pl.multiple_of(i * config.unit_tokens, config.unit_tokens), config.unit_tokens)
+            self._rows(self._page_number(table + page), slot, page - places, rows).start()
+
+        _for_each(pages.first, pages.end_full, min(_UNROLL, config.block_pages), start_page)
+        if config.units_per_page > 1:
+            _for_each(0, pages.tail_units, 1, start_unit)
+
+    def wait(self, slot, num_units):
+        """Wait for what ``start`` began: so many units. A wait counts bytes: any rows of the slot will do."""
+        config = self.config
+        units = 1
+        while units <= config.block_pages * config.units_per_page:
+            pl.when(num_units & units != 0)(self._units(slot, units).wait)
+            units *= 2
+
+    def _page_number(self, place):
+        return jnp.clip(self.page_indices[place], 0, self.config.num_pages - 1)
+
+    def _page(self, page, slot, place):
+        return pltpu.make_async_copy(self.kv_pages_hbm.at[page], self.kv_buffer.at[slot, place], self.sems.at[slot])
+
+    def _rows(self, page, slot, place, rows):
+        source, target = self.kv_pages_hbm.at[page, rows], self.kv_buffer.at[slot, place, rows]
+        return pltpu.make_async_copy(source, target, self.sems.at[slot])
+
+    def _units(self, slot, units):
+        pages = units // self.config.units_per_page
+        rows = pl.ds(0, units * self.config.unit_tokens)
+        some = self.kv_buffer.at[slot, pl.ds(0, pages)] if pages else self.kv_buffer.at[slot, 0, rows]
+        return pltpu.make_async_copy(some, some, self.sems.at[slot])
+
+
+def _for_each(first, end, unroll, do):
+    """Call ``do(i)`` for ``first <= i < end``, ``unroll`` at a time."""
+
+    def iterate(n, _):
+        for i in range(unroll):
+            i = first + n * unroll + i
+            do(i) if unroll == 1 else pl.when(i < end)(lambda i=i: do(i))
+
+    lax.fori_loop(0, schedule.blocks_of(jnp.maximum(end - first, 0), unroll), iterate, None)

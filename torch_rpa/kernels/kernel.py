@@ -1,0 +1,185 @@
+"""Ragged paged attention as one Pallas kernel for TPU.
+
+Every row attends over the pages of its own sequence. Decode rows and prefill tiles of one batch run in one launch; the
+schedule follows in the kernel from kv_lens, cu_q_lens and num_seqs. The figure in ``config.py`` has the names. Timeline
+of one row block:
+
+    [W] the update op: write the new tokens of the next row block to their pages (``write.py``)
+    [A] regroup q's rows by KV head (``rows.py``)
+    while the next item of the list belongs to the row block (``worklist.py``)
+        [B] wait for its pages (``dma.py``)
+        [C] online softmax: decode rows by groups of items (``decode.py``), a prefill tile head by head (``prefill.py``)
+        [D] fetch into the slots that became free, of whatever tile, sequence and row block comes next
+    [E] divide by the sums, put the rows back on [tokens, heads * head_dim], zeros in padding rows (``rows.py``)
+
+q and out are taken as [tokens, heads * head_dim] and pages as [.., 2 * num_kv_heads * head_dim]: tokens on sublanes, so
+that a head's K or V is a plain load, and so that the reshapes around the kernel fold into a model's projections.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from torch_rpa.kernels import decode, prefill, rows, worklist, write
+from torch_rpa.kernels.config import KernelConfig, make_config
+from torch_rpa.kernels.dma import PageFetch
+from torch_rpa.kernels.refs import Refs
+from torch_rpa.kernels.schedule import Item
+
+
+def attend(q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sinks, options, *, with_lse, interpret=False):
+    """Attention over pages of either form by the Pallas kernel; the arguments are those of the op, as JAX arrays.
+
+    Returns:
+        out, as q, and lse, float32 [num_tokens, num_q_heads], or None without ``with_lse``.
+    """
+    metadata = kv_lens, page_indices, cu_q_lens, num_seqs
+    out, lse, _ = _call(q, None, None, kv_pages, metadata, sinks, options, with_lse, interpret)
+    return out, lse
+
+
+def attend_update(q, k, v, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sinks, options, *, interpret=False):
+    """Write k and v to the pages, in place, and attend, in one launch; the arguments are those of the op.
+
+    Returns:
+        out, as q, and the pages, as kv_pages.
+    """
+    metadata = kv_lens, page_indices, cu_q_lens, num_seqs
+    out, _, new_pages = _call(q, k, v, kv_pages, metadata, sinks, options, False, interpret)
+    return out, new_pages
+
+
+def _call(q, k, v, kv_pages, metadata, sinks, options, with_lse, interpret):
+    kv_lens, page_indices, cu_q_lens, num_seqs = metadata
+    if q.shape[0] == 0 or page_indices.size == 0:  # no row belongs to a sequence
+        return jnp.zeros_like(q), jnp.full(q.shape[:2], -jnp.inf, jnp.float32), kv_pages
+    config = make_config(
+        q, kv_pages, page_indices, options,
+        with_lse=with_lse, with_sinks=sinks is not None, with_update=k is not None,
+    )  # fmt: skip
+    scalars = [kv_lens, page_indices.reshape(-1), cu_q_lens, num_seqs]
+    scalars += [] if sinks is None else [sinks.astype(jnp.float32)]
+    rows = [x.reshape(config.num_tokens, -1) for x in (q, k, v) if x is not None]
+    flat_pages = kv_pages.reshape(config.num_pages, config.page_size, -1)
+    results = list(_pallas_call(config, interpret)(*scalars, *rows, flat_pages))
+    new_pages = results.pop(0).reshape(kv_pages.shape) if config.with_update else None
+    return results[0].reshape(q.shape), results[1] if with_lse else None, new_pages
+
+
+def _pallas_call(config: KernelConfig, interpret):
+    # New tokens are written one row block ahead of the row block that is computed: what is fetched ahead is there.
+    ahead, last = int(config.with_update), config.num_row_blocks - 1
+    pages = pl.BlockSpec(memory_space=pl.ANY)
+
+    def rows_spec(heads, lanes, index):
+        return pl.BlockSpec((config.block_rows, heads * lanes), index)
+
+    def computed(i, *_):
+        return jnp.maximum(i - ahead, 0), 0
+
+    def written(i, *_):
+        return jnp.minimum(i, last), 0
+
+    q_spec = rows_spec(config.num_q_heads, config.head_dim, computed)
+    new_spec = rows_spec(config.num_kv_heads, config.head_dim, written)
+    num_scalars = 4 + config.with_sinks
+    return pl.pallas_call(
+        lambda *refs: _kernel(config, _name_refs(config, refs)),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=num_scalars,
+            grid=(config.num_row_blocks + ahead,),
+            in_specs=[q_spec, *[new_spec] * (2 * ahead), pages],
+            out_specs=[*[pages] * ahead, q_spec, *[rows_spec(config.num_q_heads, 1, computed)] * config.with_lse],
+            scratch_shapes=_scratch_shapes(config),
+        ),
+        out_shape=_out_shapes(config),
+        input_output_aliases={num_scalars + 3: 0} if config.with_update else {},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary",),
+            vmem_limit_bytes=config.vmem_limit_bytes,
+            disable_bounds_checks=True,  # page numbers are clipped; the checks would cost more than the DMA
+        ),
+        interpret=interpret,
+        name="ragged_paged_attention",
+    )
+
+
+def _out_shapes(config: KernelConfig):
+    pages = config.num_pages, config.page_size, config.kv_width
+    out, lse = (config.num_tokens, config.num_q_heads * config.head_dim), (config.num_tokens, config.num_q_heads)
+    return [
+        *[jax.ShapeDtypeStruct(pages, config.kv_dtype)] * config.with_update,
+        jax.ShapeDtypeStruct(out, config.q_dtype),
+        *[jax.ShapeDtypeStruct(lse, jnp.float32)] * config.with_lse,
+    ]
+
+
+def _scratch_shapes(config: KernelConfig):
+    new_rows = [pltpu.VMEM(config.new_rows_shape, jnp.float32)] * 2
+    update = [
+        *new_rows,
+        pltpu.VMEM(config.write_buffer_shape, config.kv_dtype),
+        pltpu.SemaphoreType.DMA((2,)),
+        pltpu.SMEM(((config.block_rows + 1) * len(write.Unit._fields),), jnp.int32),
+    ]
+    return [
+        *[pltpu.VMEM(shape, jnp.float32) for shape in config.float32_scratch],
+        pltpu.VMEM(config.kv_buffer_shape, config.kv_dtype),
+        pltpu.SemaphoreType.DMA((config.num_slots,)),
+        *(update if config.with_update else []),
+        pltpu.SMEM((worklist.CURSOR_SIZE,), jnp.int32),
+        pltpu.SMEM((config.num_slots * len(Item._fields),), jnp.int32),
+    ]
+
+
+def _name_refs(config: KernelConfig, refs) -> Refs:
+    """The refs of a call by name; None for those of a part that is left out."""
+    left_out = set() if config.with_sinks else {"sinks"}
+    left_out |= set() if config.with_lse else {"lse"}
+    update = {"k", "v", "kv_pages_in", "k_rows", "v_rows", "write_buffer", "write_sems", "units"}
+    left_out |= set() if config.with_update else update
+    refs = iter(refs)
+    return Refs(**{name: None if name in left_out else next(refs) for name in Refs._fields})
+
+
+def _kernel(config: KernelConfig, refs: Refs):
+    """One row block, and the new tokens of the next one."""
+    step = pl.program_id(0)
+    fetch = PageFetch(config, refs.page_indices, refs.kv_pages_hbm, refs.kv_buffer, refs.kv_sems)
+
+    @pl.when(step == 0)
+    def _():
+        decode.clear_batch(refs)
+        worklist.start_batch(config, refs)
+
+    if not config.with_update:
+        _attend_block(config, refs, fetch, step, config.num_row_blocks)
+        return
+    pl.when(step < config.num_row_blocks)(lambda: write.write_block(config, refs, step))  # [W]
+    pl.when(step > 0)(lambda: _attend_block(config, refs, fetch, step - 1, step))
+    pl.when(step == 0)(lambda: worklist.fetch_next(config, refs, fetch, step))
+
+
+def _attend_block(config: KernelConfig, refs: Refs, fetch: PageFetch, row_block, last_row_block):
+    """One row block; items of row blocks up to ``last_row_block`` may be fetched."""
+    worklist.fetch_next(config, refs, fetch, last_row_block)
+    rows.regroup_q(config, refs, row_block)  # [A]
+
+    def attend_items(work):
+        slot, _ = work
+        item = worklist.item_at(refs, slot)
+        count = lax.cond(
+            item.is_decode,
+            lambda: decode.attend_group(config, refs, fetch, row_block, slot),  # [B] [C]
+            lambda: prefill.attend_item(config, refs, fetch, item, slot),  # [B] [C]
+        )
+        worklist.fetch_next(config, refs, fetch, last_row_block, freed=count)  # [D]
+        slot = worklist.slot_after(config, slot, count)
+        return slot, worklist.is_in(refs, slot, row_block)
+
+    slot = refs.cursor[worklist.WORK_SLOT]
+    slot, _ = lax.while_loop(lambda work: work[1], attend_items, (slot, worklist.is_in(refs, slot, row_block)))
+    refs.cursor[worklist.WORK_SLOT] = slot
+    rows.write_rows(config, refs, row_block)  # [E]

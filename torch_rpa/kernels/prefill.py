@@ -1,0 +1,161 @@
+"""Attention of a prefill tile: the rows of each KV head's matrix in steps of ``step_rows``, over chunks of keys."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from torch_rpa import mask
+from torch_rpa.kernels import schedule, softmax, worklist
+from torch_rpa.kernels.config import LANES, KernelConfig, fill_lanes
+from torch_rpa.kernels.refs import Refs
+from torch_rpa.kernels.schedule import Item
+from torch_rpa.kernels.softmax import State
+
+_CLEAR_ROWS = 8
+
+
+class Rows(NamedTuple):
+    """``count`` rows of a KV head's matrix from ``first`` on.
+
+    Attributes:
+        first_p, last_p: positions of the first and the last row that belongs to the item.
+    """
+
+    first: Any
+    count: int
+    first_p: Any
+    last_p: Any
+
+
+class Span(NamedTuple):
+    """The keys of ``config.span_blocks`` slots, of which the tile sees some in ``start <= j < end``."""
+
+    slots: Any
+    first_key: Any
+    start: Any
+    end: Any
+
+
+def attend_item(config: KernelConfig, refs: Refs, fetch, item: Item, slot):
+    """Every KV head of the item's tile over its key block, and those that follow it; returns how many items that were."""
+    pl.when(item.is_first)(lambda: _clear_tile(config, refs, item))
+    span, count = _take_span(config, refs, fetch, item, slot)
+    num_sets = config.num_kv_heads // config.prefill_heads
+    if num_sets == 1:
+        _attend_set(config, refs, item, span, 0)
+    else:
+        lax.fori_loop(0, num_sets, lambda i, _: _attend_set(config, refs, item, span, i), None)
+    return count
+
+
+def _take_span(config: KernelConfig, refs: Refs, fetch, item: Item, slot):
+    """Wait for the item and those of the same tile that follow it; the span, and how many items are in it."""
+    fetch.wait(slot, item.num_units)
+    slots, count, is_open = [slot], jnp.int32(1), ~item.is_last
+    for _ in range(config.span_blocks - 1):
+        slot = worklist.slot_after(config, slot)
+        fetch.wait(slot, jnp.where(is_open, worklist.item_at(refs, slot).num_units, 0))
+        count += is_open.astype(jnp.int32)
+        is_open &= ~worklist.item_at(refs, slot).is_last
+        slots.append(slot)
+    end = jnp.minimum(item.end, item.first_key + count * config.block_keys)
+    return Span(slots, item.first_key, item.start, end), count
+
+
+def _clear_tile(config: KernelConfig, refs: Refs, item: Item):
+    """No key seen yet. Rows past the tile are those of later tiles, which clear them again."""
+    first = item.row * config.group
+
+    def clear(i, _):
+        for ref, value in ((refs.acc_rows, 0.0), (refs.top_rows, softmax.LOWEST), (refs.total_rows, 0.0)):
+            rows = (slice(None),) * (len(ref.shape) - 2) + (pl.ds(first + i * _CLEAR_ROWS, _CLEAR_ROWS), slice(None))
+            shape = (*ref.shape[:-2], _CLEAR_ROWS, ref.shape[-1])
+            ref[rows] = jnp.full(shape, value, jnp.float32)
+
+    lax.fori_loop(0, schedule.blocks_of(item.num_rows * config.group, _CLEAR_ROWS), clear, None)
+
+
+def _attend_set(config: KernelConfig, refs: Refs, item: Item, span: Span, head_set):
+    """A set of heads: each step of rows that sees a key; masked only if some row of it does not see some key."""
+    first_key, last_key = span.first_key, span.first_key + config.span_blocks * config.block_keys - 1
+
+    def attend_step(step, _):
+        rows = _rows_of_step(config, item, step)
+        start, end = mask.key_range(rows.first_p, rows.last_p, item.end, **config.options.mask)
+        sees_some = (start <= last_key) & (end > first_key)
+        sees_all = mask.all_visible(rows.first_p, rows.last_p, first_key, last_key, **config.options.mask)
+        sees_all &= (first_key >= span.start) & (last_key < span.end)
+        for is_edge, applies in ((False, sees_all), (True, sees_some & ~sees_all)):
+            pl.when(applies)(lambda is_edge=is_edge: _attend_rows(config, refs, item, rows, span, head_set, is_edge))
+
+    lax.fori_loop(0, schedule.blocks_of(item.num_rows * config.group, config.step_rows), attend_step, None)
+
+
+def _attend_rows(config: KernelConfig, refs: Refs, item: Item, rows: Rows, span: Span, head_set, is_edge):
+    """Stage by stage for all heads of the set: the matrix unit works in program order, and must not wait."""
+    heads = [head_set * config.prefill_heads + n for n in range(config.prefill_heads)]
+    kv = _load_kv(config, refs, span, head_set)
+    values = [v for _, v in kv]
+    q = [_read_rows(config, refs.q_rows, head, rows).astype(config.compute_dtype) for head in heads]
+    scale, soft_cap = config.options.score_scale, config.options.soft_cap
+    scores = [softmax.logits(q, k, scale=scale, soft_cap=soft_cap) for q, (k, _) in zip(q, kv, strict=True)]
+    if is_edge:
+        scores, values = _hide(config, item, rows, span, scores, values)
+    matrix_rows = pl.ds(rows.first, rows.count)
+    for head, head_scores, v in zip(heads, scores, values, strict=True):
+        top, total = refs.top_rows[head, matrix_rows, :], refs.total_rows[head, matrix_rows, :]
+        state = State(top, total, _read_rows(config, refs.acc_rows, head, rows))
+        state = softmax.update(state, head_scores, v)
+        refs.top_rows[head, matrix_rows, :] = state.top
+        refs.total_rows[head, matrix_rows, :] = state.total
+        _write_rows(config, refs.acc_rows, head, rows, state.acc)
+
+
+def _rows_of_step(config: KernelConfig, item: Item, step) -> Rows:
+    first = step * config.step_rows
+    last = jnp.minimum(first + config.step_rows, item.num_rows * config.group) - 1
+    first_p = item.first_p + schedule.whole_blocks(first, config.group)
+    last_p = item.first_p + schedule.whole_blocks(last, config.group)
+    return Rows(item.row * config.group + first, config.step_rows, first_p, last_p)
+
+
+def _hide(config: KernelConfig, item: Item, rows: Rows, span: Span, scores, values):
+    """Scores with -inf where a row does not see a key, values with zeros where no row needs a key: 0 * NaN is NaN."""
+
+    def needed(j):
+        return (j >= span.start) & (j < span.end)
+
+    row = rows.first - item.row * config.group + lax.broadcasted_iota(jnp.int32, (rows.count, 1), 0)
+    if config.group > 1:  # row // group by way of float32: vector units have no integer division
+        row = ((row.astype(jnp.float32) + 0.5) * (1 / config.group)).astype(jnp.int32)
+    j = span.first_key + lax.broadcasted_iota(jnp.int32, (1, len(values[0])), 1)
+    seen = needed(j) & mask.visible(item.first_p + row, j, **config.options.mask)
+    j = span.first_key + lax.broadcasted_iota(jnp.int32, (len(values[0]), 1), 0)
+    is_needed = needed(j)
+    return [jnp.where(seen, x, -jnp.inf) for x in scores], [jnp.where(is_needed, x, jnp.zeros_like(x)) for x in values]
+
+
+def _load_kv(config: KernelConfig, refs: Refs, span: Span, head_set):
+    """k and v [keys, head_dim] of every head of a set."""
+    head_dim, lanes = config.head_dim, config.prefill_heads * 2 * config.head_dim
+    first_lane = head_set * lanes if isinstance(head_set, int) else pl.multiple_of(head_set * lanes, LANES)
+    blocks = [config.widen(refs.kv_buffer[slot, :, :, pl.ds(first_lane, lanes)]) for slot in span.slots]
+    kv = jnp.concatenate([block.reshape(config.block_keys, lanes) for block in blocks], axis=0)
+    pieces = [kv[:, i * head_dim : (i + 1) * head_dim] for i in range(2 * config.prefill_heads)]
+    return list(zip(pieces[0::2], pieces[1::2], strict=True))
+
+
+def _read_rows(config: KernelConfig, ref, head, rows: Rows):
+    """[rows, head_dim] from scratch that keeps a head's lanes in parts."""
+    pieces = [ref[head, part, pl.ds(rows.first, rows.count), :] for part in range(config.lane_parts)]
+    pieces = [piece[:, : config.part_lanes] for piece in pieces]
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=-1)
+
+
+def _write_rows(config: KernelConfig, ref, head, rows: Rows, new):
+    lanes = config.part_lanes
+    for part in range(config.lane_parts):
+        piece = new[:, part * lanes : (part + 1) * lanes]
+        ref[head, part, pl.ds(rows.first, rows.count), :] = fill_lanes(piece)

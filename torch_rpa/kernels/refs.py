@@ -1,0 +1,40 @@
+"""The arrays that one launch of the kernel reads and writes, by name, with their shapes."""
+
+from typing import Any, NamedTuple
+
+
+class Refs(NamedTuple):
+    """Every ref of the kernel, in the order of its arguments; sizes are named in ``config.py``.
+
+    Matrix row ``r * group + g`` of a KV head is row r of the row block for the g-th query head that shares it.
+    """
+
+    kv_lens: Any  # SMEM int32 [max_num_seqs]
+    page_indices: Any  # SMEM int32 [max_num_seqs * pages_per_seq]
+    cu_q_lens: Any  # SMEM int32 [max_num_seqs + 1]
+    num_seqs: Any  # SMEM int32 [1]
+    sinks: Any  # SMEM float32 [num_q_heads], or None
+    q: Any  # VMEM [block_rows, num_q_heads * head_dim]
+    k: Any  # VMEM [block_rows, num_kv_heads * head_dim], or None for the read-only op
+    v: Any  # VMEM, as k
+    kv_pages_in: Any  # HBM, as kv_pages_hbm: the same memory under another name, or None for the read-only op
+    kv_pages_hbm: Any  # HBM [num_pages, page_size, kv_width]
+    out: Any  # VMEM, as q
+    lse: Any  # VMEM float32 [block_rows, num_q_heads], or None
+    q_rows: Any  # VMEM float32 [num_kv_heads, lane_parts, matrix rows, head_dim / lane_parts]
+    acc_rows: Any  # VMEM, as q_rows
+    top_rows: Any  # VMEM float32 [num_kv_heads, matrix rows, 128], the same in every lane
+    total_rows: Any  # VMEM, as top_rows
+    decode_q: Any  # VMEM float32 [group_items, num_head_sets, query heads of a set, k lanes of a set]
+    decode_acc: Any  # VMEM float32 [num_head_sets, query heads of a set, head_dim]: of the row that an item left unfinished
+    decode_top: Any  # VMEM float32 [num_head_sets, query heads of a set, 128], the same in every lane
+    decode_total: Any  # VMEM, as decode_top
+    kv_buffer: Any  # VMEM [num_slots, block_pages, page_size, kv_width]
+    kv_sems: Any  # DMA semaphores [num_slots]
+    k_rows: Any  # VMEM float32 [num_kv_heads, lane_parts, rows, head_dim / lane_parts], or None
+    v_rows: Any  # VMEM, as k_rows
+    write_buffer: Any  # VMEM [write_slots, write_tokens, kv_width], or None
+    write_sems: Any  # DMA semaphores [2]: of reads, of writes; or None
+    units: Any  # SMEM int32 [block_rows * len(Unit)]: what to write of a row block, or None
+    cursor: Any  # SMEM int32: where the batch stands (``worklist.py``), kept from one row block to the next
+    items: Any  # SMEM int32 [num_slots * len(Item)]: what is in each slot

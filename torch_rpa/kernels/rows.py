@@ -1,0 +1,72 @@
+"""Rows of q and out between their two forms: [rows, heads * head_dim] in HBM, and one matrix for each KV head.
+
+Matrix row ``r * group + g`` of a KV head is row r for the g-th query head that shares it, as float32: a float32 row may
+begin at any sublane, so that a tile begins wherever its sequence does. The regrouping is done by the loads and stores
+themselves, with a stride of ``group`` sublanes.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from torch_rpa.kernels import schedule, softmax
+from torch_rpa.kernels.config import COPY_ROWS, KernelConfig, fill_lanes
+from torch_rpa.kernels.refs import Refs
+from torch_rpa.kernels.worklist import active_seqs
+
+
+def regroup_q(config: KernelConfig, refs: Refs, row_block):
+    """q's rows as float32, the query heads of a KV head next to each other: matrix row r * group + g."""
+
+    def regroup(i, _):
+        rows, lanes = pl.ds(pl.multiple_of(i * COPY_ROWS, COPY_ROWS), COPY_ROWS), config.part_lanes
+        for head, part, matrix_rows, lane in _places(config, i * COPY_ROWS):
+            q = refs.q[rows, lane : lane + lanes].astype(jnp.float32)
+            refs.q_rows.at[head // config.group, part][matrix_rows, :] = fill_lanes(q)
+
+    lax.fori_loop(0, schedule.blocks_of(_end_row(config, refs, row_block), COPY_ROWS), regroup, None)
+
+
+def write_rows(config: KernelConfig, refs: Refs, row_block):
+    """out (and lse) of the row block: every row divided by its sum, zeros where no sequence has a row."""
+    end_row = _end_row(config, refs, row_block)
+    head_lanes = lax.broadcasted_iota(jnp.int32, (COPY_ROWS, config.num_q_heads), 1)
+
+    def write(i, _):
+        rows, lanes = pl.ds(pl.multiple_of(i * COPY_ROWS, COPY_ROWS), COPY_ROWS), config.part_lanes
+        is_row = i * COPY_ROWS + lax.broadcasted_iota(jnp.int32, (COPY_ROWS, 1), 0) < end_row
+        lse = jnp.full((COPY_ROWS, config.num_q_heads), -jnp.inf, jnp.float32)
+        for head, part, matrix_rows, lane in _places(config, i * COPY_ROWS):
+            kv_head = head // config.group
+            sink = refs.sinks[head] if config.with_sinks else None
+            statistics = refs.top_rows.at[kv_head][matrix_rows, :], refs.total_rows.at[kv_head][matrix_rows, :]
+            factor, head_lse = softmax.finish(*(x[:, :1] for x in statistics), sink)
+            acc = refs.acc_rows.at[kv_head, part][matrix_rows, :][:, :lanes] * (factor * config.options.value_scale)
+            refs.out[rows, lane : lane + lanes] = jnp.where(is_row, acc, 0.0).astype(refs.out.dtype)
+            lse = jnp.where(is_row & (head_lanes == head), head_lse, lse)
+        if config.with_lse:
+            refs.lse[rows, :] = lse
+
+    def write_padding(i, _):
+        rows = pl.ds(pl.multiple_of(i * COPY_ROWS, COPY_ROWS), COPY_ROWS)
+        refs.out[rows, :] = jnp.zeros((COPY_ROWS, refs.out.shape[1]), refs.out.dtype)
+        if config.with_lse:
+            refs.lse[rows, :] = jnp.full((COPY_ROWS, config.num_q_heads), -jnp.inf, jnp.float32)
+
+    first_padding = schedule.blocks_of(end_row, COPY_ROWS)
+    lax.fori_loop(0, first_padding, write, None)
+    lax.fori_loop(first_padding, config.block_rows // COPY_ROWS, write_padding, None)
+
+
+def _end_row(config: KernelConfig, refs: Refs, row_block):
+    """How many rows of the row block belong to a sequence: the first ones."""
+    end_row = jnp.clip(refs.cu_q_lens[active_seqs(config, refs)], 0, config.num_tokens)
+    return jnp.clip(end_row - row_block * config.block_rows, 0, config.block_rows)
+
+
+def _places(config: KernelConfig, first_row):
+    """For every piece of a query head: head, part, its rows in the matrix of its KV head, its first lane in q and out."""
+    for head in range(config.num_q_heads):
+        matrix_rows = pl.ds(first_row * config.group + head % config.group, COPY_ROWS, stride=config.group)
+        for part in range(config.lane_parts):
+            yield head, part, matrix_rows, head * config.head_dim + part * config.part_lanes
