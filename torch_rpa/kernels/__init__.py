@@ -57,8 +57,8 @@ def ragged_paged_attention_update(
 ):  # fmt: skip
     """Write this step's k and v [num_tokens, num_kv_heads, head_dim] to the pages, then attend.
 
-    The other arguments and the errors are those of ``ragged_paged_attention_with_lse``. Donate kv_pages to ``jax.jit`` to
-    have it updated in place.
+    The other arguments and the errors are those of ``ragged_paged_attention_with_lse``. Donate kv_pages to
+    ``jax.jit`` to have it updated in place.
 
     Returns:
         out, as q, and new_kv_pages, as kv_pages.
