@@ -1,5 +1,6 @@
-"""Compile the ops for a named TPU without one, and print what the compiled program is like, as JSON. Run in a process of
-its own, with the environment of ``ENVIRONMENT``: python aot.py '{"chip": "v6e", ...}'."""
+"""Compile the ops for a named TPU without one, and print what the compiled program is like, as JSON.
+
+Run in a process of its own, with the environment of ``ENVIRONMENT``: python aot.py '{"chip": "v6e", ...}'."""
 
 import json
 import re
@@ -18,9 +19,10 @@ NUM_TOKENS, MODEL_DIM, MAX_NUM_SEQS, CONTEXT, NUM_PAGES = 512, 1024, 64, 8192, 1
 
 
 def compile_between_projections(chip, heads, page_size, dtype="bfloat16", kv_dtype=None, update=False, **options):
-    """x @ Wq, Wk, Wv -> view [tokens, heads, dim] -> op -> view -> @ Wo; returns the compiled program and pages' bytes."""
+    """x @ Wq, Wk, Wv -> view -> op -> view -> @ Wo; returns the compiled program and the bytes of the pages."""
     import jax
     import jax.numpy as jnp
+    from jax import export
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
 
@@ -46,7 +48,7 @@ def compile_between_projections(chip, heads, page_size, dtype="bfloat16", kv_dty
     table = spec(MAX_NUM_SEQS, CONTEXT // page_size, dtype="int32")
     metadata = [spec(MAX_NUM_SEQS, dtype="int32"), table, spec(MAX_NUM_SEQS + 1, dtype="int32"), spec(1, dtype="int32")]
     args = pages, spec(NUM_TOKENS, MODEL_DIM), *weights, spec(num_q_heads * dim, MODEL_DIM), *metadata
-    exported = jax.export.export(jax.jit(step), platforms=["tpu"])(*args)  # Mosaic version 7, which libtpu reads
+    exported = export.export(jax.jit(step), platforms=["tpu"])(*args)  # Mosaic version 7, which libtpu reads
     lowered = jax.jit(exported.call, donate_argnums=0 if update else ()).trace(*args).lower(lowering_platforms=("tpu",))
     return lowered.compile(), pages.size * pages.dtype.itemsize
 
@@ -68,6 +70,4 @@ def report(**case):
 
 
 if __name__ == "__main__":
-    import jax.export  # noqa: F401
-
     print(json.dumps([report(**case) for case in json.loads(sys.argv[1])]))

@@ -229,14 +229,14 @@ def test_pallas_kernels_are_lowered_to_the_mosaic_version_that_the_pinned_libtpu
         assert mosaic_version(lower_a_pallas_kernel()) == 7
 
 
-def lower_the_update(batch, platform):
+def lower_the_update(batch, platform, kernel="auto"):
     from torch_rpa import bridge
     from torch_rpa.options import AttentionOptions
 
     names = ("q", "k", "v", "kv_pages", "kv_lens", "page_indices", "cu_q_lens", "num_seqs")
     specs = [(name, getattr(batch, name).shape, getattr(batch, name).dtype, "xla:0") for name in names]
     with tpu_vm():
-        return bridge._lower("ragged_paged_attention_update", specs, AttentionOptions(), platform, interpret=False)
+        return bridge._lower("ragged_paged_attention_update", specs, AttentionOptions(), platform, kernel)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
@@ -245,7 +245,7 @@ def test_lowering_the_ops_starts_no_jax_client(platform, xla):
 
 
 @pytest.mark.parametrize(
-    "batch, reason",
+    ("batch", "reason"),
     [
         (make_batch(), "pages on TPU are flat, .* as torch_rpa.empty_kv_pages"),
         (make_batch(heads=(2, 1, 80), form="flat"), "to be a multiple of 128, got 160; .* torch_rpa.empty_kv_pages"),
@@ -256,3 +256,7 @@ def test_pages_that_a_tpu_cannot_address_are_refused_when_lowered_for_one(batch,
     with pytest.raises(NotImplementedError, match=reason):
         lower_the_update(batch, "tpu")
     assert lower_the_update(batch, "cpu")
+
+
+def test_plain_xla_ops_on_request_take_either_form_on_tpu(xla):
+    assert lower_the_update(make_batch(), "tpu", kernel="xla")

@@ -56,6 +56,16 @@ def test_the_jax_functions_check_their_arguments():
         kernels.ragged_paged_attention(**args | {"kv_lens": args["kv_lens"].astype(jnp.float32)})
     with pytest.raises(TypeError, match="windw"):
         kernels.ragged_paged_attention(**args, windw=3)
+    with pytest.raises(TypeError, match="kv_lens must be an array, got list"):
+        kernels.ragged_paged_attention(**args | {"kv_lens": [5, 9]})
+    with pytest.raises(ValueError, match="backend must be 'auto' or 'xla', got 'fast'"):
+        kernels.ragged_paged_attention(**args, backend="fast")
+
+
+def test_the_jax_functions_take_numpy_arrays():
+    batch = make_batch()
+    out = kernels.ragged_paged_attention(**{name: np.asarray(x) for name, x in arrays(batch, update=False).items()})
+    assert_matches_oracle(batch, to_torch(out))
 
 
 def compiled_update(kv_dtype, form="heads", q_dtype=jnp.float32, num_pages=4096):

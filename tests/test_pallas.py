@@ -4,7 +4,7 @@ Batches of one shape share one compiled program, whatever their lengths: ``run``
 """
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +32,7 @@ def padded(batch):
         padding = [side for have, want in zip(x.shape[::-1], shape[::-1], strict=True) for side in (0, want - have)]
         return torch.nn.functional.pad(x, padding, value=value)
 
-    rows = {
-        name: pad(getattr(batch, name), (NUM_TOKENS, *getattr(batch, name).shape[1:]), torch.nan) for name in "qkv"
-    }
+    rows = {name: pad(getattr(batch, name), (NUM_TOKENS, *getattr(batch, name).shape[1:]), torch.nan) for name in "qkv"}
     poison = batch.kv_pages.new_full((NUM_PAGES - len(batch.kv_pages), *batch.kv_pages.shape[1:]), 127)
     poison = poison if batch.kv_pages.dtype == torch.int8 else torch.full(poison.shape, torch.nan).to(poison.dtype)
     return replace(
@@ -47,7 +45,7 @@ def padded(batch):
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def compiled(op, options, interpret=True):
     return jax.jit(lambda args: getattr(kernels, op)(**args, **dict(options), interpret=interpret))
 
@@ -108,12 +106,19 @@ def test_equals_the_oracle_for_every_option(options):
 
 
 # Ratios and sizes of real models with fewer heads: the interpreter's compile time grows with them.
-HEADS = {"qwen2.5": (7, 1, 128), "gemma-2": (2, 1, 256), "gpt-oss": (16, 2, 64), "phi-3": (4, 4, 96), "falcon": (13, 1, 64)}
+HEADS = {
+    "qwen2.5": (7, 1, 128),
+    "gemma-2": (2, 1, 256),
+    "gpt-oss": (16, 2, 64),
+    "phi-3": (4, 4, 96),
+    "falcon": (13, 1, 64),
+}
 
 
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
 def test_equals_the_oracle_for_the_heads_of_real_models(heads):
-    check_read(make_batch(((1, 21), (5, 19)), heads=heads, dtype=torch.bfloat16, page_size=8), sm_scale=heads[2] ** -0.5)
+    batch = make_batch(((1, 21), (5, 19)), heads=heads, dtype=torch.bfloat16, page_size=8)
+    check_read(batch, sm_scale=heads[2] ** -0.5)
 
 
 @pytest.mark.parametrize("head_dim", [80, 192])

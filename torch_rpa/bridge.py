@@ -99,13 +99,14 @@ def _computation(op, specs, options, kernel):
     platform = device_kind()
     options = AttentionOptions(**dict(options))
     args = {name: ArgSpec(tuple(shape), dtype_name(dtype), str(device)) for name, shape, dtype, device in specs}
-    check_static(args, options, platform)
+    # Plain XLA ops have no limits of their own on a TPU.
+    check_static(args, options, platform if kernel != "xla" else None)
     if kernel not in _KERNEL_CHOICES:
         raise ValueError(f"TORCH_RPA_XLA_KERNEL must be one of {', '.join(_KERNEL_CHOICES)}, got {kernel!r}")
-    return _lower(op, specs, options, platform, interpret=kernel == "interpret")
+    return _lower(op, specs, options, platform, kernel)
 
 
-def _lower(op, specs, options, platform, interpret):
+def _lower(op, specs, options, platform, kernel):
     jax_import_guard()  # PyTorch/XLA takes the TPU before JAX may touch it
     try:
         import jax
@@ -117,10 +118,10 @@ def _lower(op, specs, options, platform, interpret):
 
     names = [name for name, *_ in specs]
     shapes = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype_name(dtype))) for _, shape, dtype, _ in specs]
-    kernel = getattr(kernels, op)
+    choice = {"interpret": kernel == "interpret", "backend": "xla" if kernel == "xla" else "auto"}
 
     def function(*arrays):
-        return kernel(**dict(zip(names, arrays, strict=True)), **vars(options), interpret=interpret)
+        return getattr(kernels, op)(**dict(zip(names, arrays, strict=True)), **vars(options), **choice)
 
     return xb.computation_from_module_proto(f"rpa_{op}", lower_to_hlo(function, shapes, platform))
 

@@ -197,18 +197,20 @@ def _check_scales(args, options):
 def not_supported_reasons(args: dict[str, ArgSpec], platform: str | None = None) -> list[str]:
     """Every reason why q's device cannot do a valid call, each with what would work; empty where it can."""
     kind = args["q"].device.split(":")[0]
-    dtype, head_dim = args["q"].dtype, args["q"].shape[2]
     reasons = []
-    if dtype == "float16" and kind not in ("cpu", "meta"):
+    if args["q"].dtype == "float16" and kind not in ("cpu", "meta"):
         reasons.append(f"float16 runs on CPU tensors only, not on {kind}; use bfloat16")
-    if platform == "tpu" and head_dim not in TPU_HEAD_DIMS:
-        reasons.append(f"head_dim on TPU is one of {', '.join(map(str, TPU_HEAD_DIMS))}, got {head_dim}; pad the heads")
+    if platform == "tpu":
+        reasons += tpu_reasons(args["q"].shape, args["kv_pages"].shape)
     return reasons
 
 
-def tpu_form_reasons(q_shape, kv_pages_shape) -> list[str]:
-    """Why the TPU kernel cannot address these pages, each with what would work; empty where it can."""
-    reasons, width = [], 2 * page_shape(kv_pages_shape, q_shape[2]).num_kv_heads * q_shape[2]
+def tpu_reasons(q_shape, kv_pages_shape) -> list[str]:
+    """Why the TPU kernel cannot take heads or pages of this shape, each with what would work; empty where it can."""
+    reasons, head_dim = [], q_shape[2]
+    if head_dim not in TPU_HEAD_DIMS:
+        reasons.append(f"head_dim on TPU is one of {', '.join(map(str, TPU_HEAD_DIMS))}, got {head_dim}; pad the heads")
+    width = 2 * page_shape(kv_pages_shape, head_dim).num_kv_heads * head_dim
     if width % 128:
         reasons.append(
             f"pages on TPU need 2 * num_kv_heads * head_dim to be a multiple of 128, got {width}; "

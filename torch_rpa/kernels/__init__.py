@@ -4,17 +4,29 @@ Lowered for TPU, a call runs the Pallas kernel in ``kernel.py``; for any other d
 """
 
 import jax
+import jax.numpy as jnp
 
 from torch_rpa.kernels import kernel, xla
 from torch_rpa.kernels.refuse import refuse_on_tpu
 from torch_rpa.options import AttentionOptions
-from torch_rpa.validation import ArgSpec, check_static, tpu_form_reasons
+from torch_rpa.validation import ArgSpec, check_static, tpu_reasons
 
 __all__ = ["ragged_paged_attention", "ragged_paged_attention_update", "ragged_paged_attention_with_lse"]
 
 
 def ragged_paged_attention_with_lse(
-    q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, *, sinks=None, mask_value=None, interpret=False, **options
+    q,
+    kv_pages,
+    kv_lens,
+    page_indices,
+    cu_q_lens,
+    num_seqs,
+    *,
+    sinks=None,
+    mask_value=None,
+    interpret=False,
+    backend="auto",
+    **options,
 ):
     """Attention of every row of a ragged batch over its own sequence's pages.
 
@@ -30,6 +42,7 @@ def ragged_paged_attention_with_lse(
         mask_value: accepted for callers of the older ops; changes no result.
         interpret: run the Pallas kernel in an interpreter: True for the HLO interpreter, or a
             ``pltpu.InterpretParams`` for the TPU interpreter.
+        backend: "auto" for the Pallas kernel on TPU and plain XLA ops elsewhere, "xla" for plain XLA ops everywhere.
         **options: the fields of ``torch_rpa.options.AttentionOptions``: sm_scale, causal, sliding_window, ...
 
     Returns:
@@ -40,20 +53,31 @@ def ragged_paged_attention_with_lse(
         NotImplementedError: what the device cannot do; for TPU some of it when the call is lowered.
     """
     args = {"q": q, "kv_pages": kv_pages, **_metadata(kv_lens, page_indices, cu_q_lens, num_seqs), "sinks": sinks}
-    return _attend(args, options, interpret, with_lse=True)
+    return _attend(args, options, interpret, backend, with_lse=True)
 
 
 def ragged_paged_attention(
-    q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, *, sinks=None, mask_value=None, interpret=False, **options
+    q,
+    kv_pages,
+    kv_lens,
+    page_indices,
+    cu_q_lens,
+    num_seqs,
+    *,
+    sinks=None,
+    mask_value=None,
+    interpret=False,
+    backend="auto",
+    **options,
 ):
     """``ragged_paged_attention_with_lse`` without the lse: the same arguments, returns out."""
     args = {"q": q, "kv_pages": kv_pages, **_metadata(kv_lens, page_indices, cu_q_lens, num_seqs), "sinks": sinks}
-    return _attend(args, options, interpret, with_lse=False)[0]
+    return _attend(args, options, interpret, backend, with_lse=False)[0]
 
 
 def ragged_paged_attention_update(
     q, k, v, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, *,
-    sinks=None, mask_value=None, interpret=False, **options,
+    sinks=None, mask_value=None, interpret=False, backend="auto", **options,
 ):  # fmt: skip
     """Write this step's k and v [num_tokens, num_kv_heads, head_dim] to the pages, then attend.
 
@@ -65,23 +89,22 @@ def ragged_paged_attention_update(
     """
     metadata = _metadata(kv_lens, page_indices, cu_q_lens, num_seqs)
     args = {"q": q, "k": k, "v": v, "kv_pages": kv_pages, **metadata, "sinks": sinks}
-    options = _check(args, options)
+    args, options = _prepare(args, options)
 
     def by_kernel(args, interpret=False):
         return kernel.attend_update(**args, options=options, interpret=interpret)
 
     def by_xla(args):
-        new_kv_pages = xla.write_kv_pages(
-            args["k"], args["v"], args["kv_pages"], kv_lens, page_indices, cu_q_lens, num_seqs, options
-        )
-        rest = {name: x for name, x in args.items() if name not in ("k", "v", "kv_pages")}
-        return xla.attend(**rest, kv_pages=new_kv_pages, options=options)[0], new_kv_pages
+        to_write = {name: x for name, x in args.items() if name not in ("q", "sinks")}
+        to_read = {name: x for name, x in args.items() if name not in ("k", "v")}
+        to_read["kv_pages"] = xla.write_kv_pages(**to_write, options=options)
+        return xla.attend(**to_read, options=options)[0], to_read["kv_pages"]
 
-    return _on_device(by_kernel, by_xla, args, interpret)
+    return _on_device(by_kernel, by_xla, args, interpret, backend)
 
 
-def _attend(args, options, interpret, with_lse):
-    options = _check(args, options)
+def _attend(args, options, interpret, backend, with_lse):
+    args, options = _prepare(args, options)
 
     def by_kernel(args, interpret=False):
         return kernel.attend(**args, options=options, with_lse=with_lse, interpret=interpret)
@@ -90,14 +113,18 @@ def _attend(args, options, interpret, with_lse):
         out, lse = xla.attend(**args, options=options)
         return out, lse if with_lse else None
 
-    return _on_device(by_kernel, by_xla, args, interpret)
+    return _on_device(by_kernel, by_xla, args, interpret, backend)
 
 
-def _on_device(by_kernel, by_xla, args, interpret):
-    """``by_kernel`` in the interpreter and where the call is lowered for TPU, ``by_xla`` elsewhere."""
+def _on_device(by_kernel, by_xla, args, interpret, backend):
+    """``by_kernel`` in the interpreter and where the call is lowered for TPU, ``by_xla`` elsewhere or on request."""
+    if backend not in ("auto", "xla"):
+        raise ValueError(f"backend must be 'auto' or 'xla', got {backend!r}")
     if interpret:
         return by_kernel(args, interpret)
-    reasons = tpu_form_reasons(args["q"].shape, args["kv_pages"].shape)
+    if backend == "xla":
+        return by_xla(args)
+    reasons = tpu_reasons(args["q"].shape, args["kv_pages"].shape)
     if reasons:
         args = args | {"q": refuse_on_tpu(args["q"], "torch_rpa cannot run this call: " + "; ".join(reasons))}
         return by_xla(args)
@@ -108,8 +135,13 @@ def _metadata(kv_lens, page_indices, cu_q_lens, num_seqs):
     return {"kv_lens": kv_lens, "page_indices": page_indices, "cu_q_lens": cu_q_lens, "num_seqs": num_seqs}
 
 
-def _check(tensors, options) -> AttentionOptions:
-    specs = {name: ArgSpec(x.shape, x.dtype.name, "jax") for name, x in tensors.items() if x is not None}
+def _prepare(args, options):
+    """The checked call: arguments as JAX arrays, options as one value."""
+    given = {name: x for name, x in args.items() if x is not None or name != "sinks"}
+    for name, x in given.items():
+        if not hasattr(x, "dtype"):
+            raise TypeError(f"{name} must be an array, got {type(x).__name__}")
     options = AttentionOptions(**options)
-    check_static(specs, options)
-    return options
+    check_static({name: ArgSpec(x.shape, x.dtype.name, "jax") for name, x in given.items()}, options)
+    capacity = args["page_indices"].shape[1] * args["kv_pages"].shape[1]
+    return {name: None if x is None else jnp.asarray(x) for name, x in args.items()}, options.within(capacity)

@@ -1,23 +1,23 @@
 """Shapes, block sizes and memory of one compiled kernel: frozen facts that every other module reads.
 
-    q, out [num_tokens, num_q_heads * head_dim]           kv_pages [num_pages, page_size, 2 * num_kv_heads * head_dim]
+q, out [num_tokens, num_q_heads * head_dim]           kv_pages [num_pages, page_size, 2 * num_kv_heads * head_dim]
 
-      row block 0  +-----------------+  sequence 0          sequence 1, pages in the order of its page table:
-                   | s0 s0 s0 s0 s0  |  rows 0-4
-                   | s1              |  row 5 (decode)      | page 7 | page 2 | page 9 | page 4 | page 0 |~ tail ~|
-                   | s2 s2 s2 s2 s2  |  rows 6-             |<- key block 0 ->|<- key block 1 ->|<- key block 2 ->|
-      row block 1  +-----------------+                      (whole pages; blocks count from the sequence's start)
-                   | s2 s2 s2        |  rows -16
-                   | padding, zeros  |                      one token of a page, heads interleaved on lanes:
-                   +-----------------+                      | K0 | V0 | K1 | V1 | ...   head_dim lanes each
+  row block 0  +-----------------+  sequence 0          sequence 1, pages in the order of its page table:
+               | s0 s0 s0 s0 s0  |  rows 0-4
+               | s1              |  row 5 (decode)      | page 7 | page 2 | page 9 | page 4 | page 0 |~ tail ~|
+               | s2 s2 s2 s2 s2  |  rows 6-             |<- key block 0 ->|<- key block 1 ->|<- key block 2 ->|
+  row block 1  +-----------------+                      (whole pages; blocks count from the sequence's start)
+               | s2 s2 s2        |  rows -16
+               | padding, zeros  |                      one token of a page, heads interleaved on lanes:
+               +-----------------+                      | K0 | V0 | K1 | V1 | ...   head_dim lanes each
 
-    row block    ``block_rows`` rows of q and out: one grid step, staged by BlockSpec
-    tile         the rows of one sequence inside one row block
-    key block    ``block_pages`` pages of one sequence, all heads: one slot of the ring of ``num_slots`` buffers
-    item         a tile and one of its key blocks: the unit of fetching and of computing
-    decode group ``group_items`` items of decode rows, computed together, each with the query heads of a set of KV heads
-    row step     ``step_rows`` rows of a prefill tile's matrix of one KV head, in which row ``r * group + g`` is row r for
-                 the g-th query head that shares it
+row block    ``block_rows`` rows of q and out: one grid step, staged by BlockSpec
+tile         the rows of one sequence inside one row block
+key block    ``block_pages`` pages of one sequence, all heads: one slot of the ring of ``num_slots`` buffers
+item         a tile and one of its key blocks: the unit of fetching and of computing
+decode group ``group_items`` items of decode rows, computed together, each with the query heads of a set of KV heads
+row step     ``step_rows`` rows of a prefill tile's matrix of one KV head, in which row ``r * group + g`` is row r
+             for the g-th query head that shares it
 """
 
 from dataclasses import dataclass, replace
@@ -265,7 +265,9 @@ def _padded_bytes(shape, dtype) -> int:
     return count * jnp.dtype(dtype).itemsize
 
 
-def make_config(q, kv_pages, page_indices, options: AttentionOptions, *, with_lse, with_sinks, with_update) -> KernelConfig:
+def make_config(
+    q, kv_pages, page_indices, options: AttentionOptions, *, with_lse, with_sinks, with_update
+) -> KernelConfig:
     """The configuration for arrays of these shapes and dtypes.
 
     Args:

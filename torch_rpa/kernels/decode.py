@@ -16,8 +16,8 @@ One item is a chain of long latencies (product, maximum, exponential, product), 
 computed side by side, each for itself (flash decoding, https://pytorch.org/blog/flash-decoding), and then merged in
 their order into the state of their rows: what a row gives does not depend on the items beside its own.
 
-Where head_dim is no multiple of 128, K and V are not taken apart: the lanes ``K0 V0 K1 V1`` stay as they are, q has zeros
-in V's lanes, and the product has V's sums beside sums over K that nobody reads.
+Where head_dim is no multiple of 128, K and V are not taken apart: the lanes ``K0 V0 K1 V1`` stay as they are, q has
+zeros in V's lanes, and the product has V's sums beside sums over K that nobody reads.
 """
 
 from typing import Any, NamedTuple

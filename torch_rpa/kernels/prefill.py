@@ -39,7 +39,7 @@ class Span(NamedTuple):
 
 
 def attend_item(config: KernelConfig, refs: Refs, fetch, item: Item, slot):
-    """Every KV head of the item's tile over its key block, and those that follow it; returns how many items that were."""
+    """Every KV head of the item's tile over its key block and those that follow; returns how many items that was."""
     pl.when(item.is_first)(lambda: _clear_tile(config, refs, item))
     span, count = _take_span(config, refs, fetch, item, slot)
     num_sets = config.num_kv_heads // config.prefill_heads

@@ -5,7 +5,7 @@ from jax import lax
 
 
 def quantize(x, dtype, scale):
-    """``x / scale`` as ``dtype``: rounded to nearest even, clamped to the finite range; plain casts wrap or give NaN."""
+    """``x / scale`` as ``dtype``: rounded to nearest even, clamped to the finite range; casts wrap or give NaN."""
     dtype = jnp.dtype(dtype)
     if scale is not None:
         x = x.astype(jnp.float32) / scale

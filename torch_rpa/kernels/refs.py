@@ -26,7 +26,7 @@ class Refs(NamedTuple):
     top_rows: Any  # VMEM float32 [num_kv_heads, matrix rows, 128], the same in every lane
     total_rows: Any  # VMEM, as top_rows
     decode_q: Any  # VMEM float32 [group_items, num_head_sets, query heads of a set, k lanes of a set]
-    decode_acc: Any  # VMEM float32 [num_head_sets, query heads of a set, head_dim]: of the row that an item left unfinished
+    decode_acc: Any  # VMEM float32 [num_head_sets, query heads of a set, head_dim]: of an unfinished row
     decode_top: Any  # VMEM float32 [num_head_sets, query heads of a set, 128], the same in every lane
     decode_total: Any  # VMEM, as decode_top
     kv_buffer: Any  # VMEM [num_slots, block_pages, page_size, kv_width]

@@ -65,7 +65,7 @@ def _end_row(config: KernelConfig, refs: Refs, row_block):
 
 
 def _places(config: KernelConfig, first_row):
-    """For every piece of a query head: head, part, its rows in the matrix of its KV head, its first lane in q and out."""
+    """For every piece of a query head: head, part, its rows in its KV head's matrix, its first lane in q and out."""
     for head in range(config.num_q_heads):
         matrix_rows = pl.ds(first_row * config.group + head % config.group, COPY_ROWS, stride=config.group)
         for part in range(config.lane_parts):

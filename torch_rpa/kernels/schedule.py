@@ -110,7 +110,7 @@ def make_item(config: KernelConfig, row_block, tile: Tile, block) -> Item:
 
 
 class Pages(NamedTuple):
-    """What a key block fetches: pages ``first <= i < end_full`` of the sequence, and ``tail_units`` of page end_full."""
+    """What a key block fetches: pages ``first <= i < end_full`` of the sequence, ``tail_units`` of page end_full."""
 
     first: int
     end_full: int

@@ -1,6 +1,6 @@
 """The online softmax of one matrix of rows over one chunk of keys: arrays in, arrays out.
 
-State of a row after some of its keys (in natural units: Mosaic of jax 0.7.1 multiplies once more for exp2 than for exp):
+State of a row after some of its keys (with exp, for which Mosaic of jax 0.7.1 multiplies once less than for exp2):
 
     top    the largest logit so far, or LOWEST
     total  the sum of exp(logit - top)

@@ -93,7 +93,7 @@ def tile_of(config: KernelConfig, refs: Refs, seq, row_block) -> schedule.Tile:
 
 
 def next_tile(config: KernelConfig, refs: Refs, seq, row_block, tile):
-    """Sequence and row block of the tile after this one: the same sequence's next rows, or the next sequence's first."""
+    """Sequence and row block of the tile after this one: the sequence's next rows, or the next sequence's first."""
     next_seq, its_row_block = _first_tile_from(config, refs, seq + 1, row_block)
     return jnp.where(tile.past_block, seq, next_seq), jnp.where(tile.past_block, row_block + 1, its_row_block)
 

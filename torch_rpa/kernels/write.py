@@ -1,7 +1,7 @@
 """This step's k and v to their places in the pages, in place, a row block at a time.
 
-The rows of a sequence go to consecutive positions, which fall into tiles of ``write_tokens`` slots, the least that a DMA
-moves (a *unit*). What a unit does not replace is read first, merged, and written back:
+The rows of a sequence go to consecutive positions, which fall into tiles of ``write_tokens`` slots, the least that a
+DMA moves (a *unit*). What a unit does not replace is read first, merged, and written back:
 
     rows of k   | . r1 r2 r3 r4 r5 |            positions 6 .. 10 of their sequence, tiles of 4 slots
 

@@ -61,7 +61,6 @@ def attend(q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sinks, optio
     if num_tokens == 0 or page_indices.size == 0:  # no row belongs to a sequence
         return jnp.zeros_like(q), jnp.full((num_tokens, num_q_heads), -jnp.inf, jnp.float32)
     kv_pages = kv_pages.reshape(num_pages, page_size, num_kv_heads, 2, head_dim)
-    options = options.within(page_indices.shape[1] * page_size)
     block_pages = options.num_kv_pages_per_block or max(1, _KEYS_PER_BLOCK // page_size)
     block_pages = min(block_pages, page_indices.shape[1])
     tile_rows = options.num_queries_per_block or max(1, _ROWS_PER_MATRIX * num_kv_heads // num_q_heads)
@@ -211,7 +210,7 @@ def _put_rows(array, row, new, inside):
 
 
 def _divisor(scale):
-    """The scale, hidden behind a barrier: XLA would multiply by the reciprocal of a constant, which rounds otherwise."""
+    """The scale behind a barrier: XLA would multiply by the reciprocal of a constant, which rounds otherwise."""
     return None if scale is None else lax.optimization_barrier(jnp.float32(scale))
 
 
