@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from torch_rpa import reference
+from torch_rpa.validation import tpu_reasons
 
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
@@ -56,8 +57,15 @@ class Batch:
         return int(self.cu_q_lens[int(self.num_seqs[0])])
 
     def to(self, device) -> "Batch":
+        """The batch on another device; on a TPU with flat pages, the form that works there."""
         moved = {name: t.to(device) for name, t in vars(self).items() if isinstance(t, torch.Tensor)}
+        if is_tpu(device):
+            moved["kv_pages"] = moved["kv_pages"].flatten(2)
         return replace(self, **moved)
+
+    def is_refused_on(self, device) -> bool:
+        """Whether the TPU kernel cannot take these heads or pages of this width."""
+        return is_tpu(device) and bool(tpu_reasons(self.q.shape, self.kv_pages.flatten(2).shape))
 
     def read(self, op=None, **options):
         """Call a read-only op (``ragged_paged_attention_with_lse`` by default)."""
@@ -194,5 +202,14 @@ def finish_step(device: torch.device) -> None:
         torch_xla.sync()
 
 
+def is_tpu(device) -> bool:
+    if torch.device(device).type != "xla":
+        return False
+    from torch_rpa import bridge
+
+    return bridge.device_kind() == "tpu"
+
+
 def bytes_of(x: torch.Tensor) -> torch.Tensor:
-    return x.cpu().contiguous().view(torch.uint8)
+    """All bytes in order, whichever form pages have."""
+    return x.cpu().contiguous().view(torch.uint8).flatten()
