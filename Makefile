@@ -9,6 +9,9 @@ PYTHON_CANDIDATES := $(PYTHON) $(if $(filter file,$(origin PYTHON)),python3)
 UV_VERSION := 0.13.9
 # A TPU belongs to one process; elsewhere two of one thread each are faster than one of two.
 TEST_PROCESSES ?= $(if $(filter TPU,$(PJRT_DEVICE)),0,2)
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES)
+# In processes of their own: XLA's CPU compiler was seen to crash in one that had compiled hundreds of programs before.
+KERNEL_TESTS := tests/test_pallas.py tests/test_aot.py
 
 # ninja and uv of the environment are found first, also by what Python starts.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -30,7 +33,12 @@ demo: $(INSTALL_STAMP) ## run the demo (DEVICE=cpu picks a device, ARGS="..." ad
 	@$(BIN)/python -m torch_rpa.demo $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
 test: $(INSTALL_STAMP) ## run the tests (ARGS="-k name" adds pytest options)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) $(ARGS)
+ifeq ($(strip $(ARGS)),)
+	@$(PYTEST) $(KERNEL_TESTS:%=--ignore=%)
+	@$(PYTEST) $(KERNEL_TESTS)
+else
+	@$(PYTEST) $(ARGS)
+endif
 
 lint: $(PACKAGES_STAMP) ## check style
 	$(BIN)/ruff check .
