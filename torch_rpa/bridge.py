@@ -20,10 +20,16 @@ import torch_xla.debug.metrics as metrics
 import torch_xla.runtime as xr
 from torch_xla._internal.jax_workarounds import jax_import_guard
 
+from torch_rpa import sharding
 from torch_rpa.options import AttentionOptions
 from torch_rpa.validation import ArgSpec, check_static, dtype_name
 
 _PLATFORMS = {"CPU": "cpu", "TPU": "tpu"}
+_RESULTS = {
+    "ragged_paged_attention": ("out",),
+    "ragged_paged_attention_with_lse": ("out", "lse"),
+    "ragged_paged_attention_update": ("out", "kv_pages"),
+}
 _KERNEL_CHOICES = ("auto", "xla", "interpret")
 # A served model has a handful of configurations: one for each token bucket and kind of layer.
 _MAX_COMPUTATIONS = 256
@@ -46,6 +52,16 @@ def call(op: str, args: dict[str, torch.Tensor], options: dict) -> list[torch.Te
     Raises:
         ValueError, TypeError, NotImplementedError: from the static checks, the first time a configuration is seen.
     """
+    heads = sharding.for_call(args["q"])
+    if heads is None:
+        return call_on_parts(op, args, options)
+    shapes = {"out": args["q"].shape, "lse": args["q"].shape[:2], "kv_pages": args["kv_pages"].shape}
+    parts = call_on_parts(op, heads.shards(args), options)
+    return [heads.whole(name, part, shapes[name]) for name, part in zip(_RESULTS[op], parts, strict=False)]
+
+
+def call_on_parts(op: str, args: dict[str, torch.Tensor], options: dict) -> list[torch.Tensor]:
+    """``call`` for arguments as they are: under SPMD every chip's own parts, see ``sharding``."""
     tensors = list(args.values())
     specs = tuple([(name, t.shape, t.dtype, t.device) for name, t in args.items()])
     kernel = os.environ.get("TORCH_RPA_XLA_KERNEL", "auto")
@@ -68,12 +84,14 @@ def device_kind() -> str:
     return _PLATFORMS[device_type]
 
 
-def zeros_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros with a buffer of their own on the device.
+def zeros_pages(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeroed pages with a buffer of their own on the device, under ``sharding.use_mesh`` a part of them on each chip.
 
     ``torch.zeros`` alone is a constant of the lazy graph, and the first step on it another program than all later ones.
     """
     zeros = torch.zeros(shape, dtype=dtype, device=device)
+    if sharding.current() is not None:
+        sharding.current().mark("kv_pages", zeros)
     run_pending([zeros])
     return zeros
 
@@ -91,6 +109,12 @@ def compilations() -> tuple[int, float]:
     """How many programs XLA has compiled in this process so far, and how many seconds that took."""
     compile_time = metrics.metric_data("CompileTime")  # (samples, total in nanoseconds, ...), None before the first
     return metrics.counter_value("UncachedCompile") or 0, compile_time[1] / 1e9 if compile_time else 0.0
+
+
+def forget_computations() -> None:
+    """Lower every configuration again when it is seen next."""
+    with _LOCK:
+        _computation.cache_clear()
 
 
 @lru_cache(maxsize=_MAX_COMPUTATIONS)

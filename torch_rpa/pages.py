@@ -8,7 +8,7 @@ A token's *slot* is ``page * page_size + offset``: its row when the pages are se
 
 import torch
 
-from torch_rpa import native
+from torch_rpa import native, sharding
 from torch_rpa.validation import FLOAT_DTYPES, MAX_HEAD_DIM, PAGE_SIZES, QUANTIZED_DTYPES, dtype_name, is_head_dim
 
 # The finite range of each 8-bit page dtype.
@@ -33,7 +33,8 @@ def empty_kv_pages(
 
     Returns:
         [num_pages, page_size, 2 * num_kv_heads, head_dim], or flat [num_pages, page_size, 2 * num_kv_heads * head_dim]
-        on a TPU where that width is a multiple of 128 (what its DMA engine moves whole).
+        on a TPU where that width is a multiple of 128 (what its DMA engine moves whole). Under
+        ``torch_rpa.sharding.use_mesh`` sharded by head, with one KV head for each chip if those are more.
 
     Raises:
         ValueError, TypeError: sizes or a dtype that no op takes.
@@ -47,15 +48,17 @@ def empty_kv_pages(
         raise ValueError(f"head_dim must be a multiple of 8 up to {MAX_HEAD_DIM}, got {head_dim}")
     if dtype_name(dtype) not in FLOAT_DTYPES + QUANTIZED_DTYPES:
         raise TypeError(f"dtype must be one of {', '.join(FLOAT_DTYPES + QUANTIZED_DTYPES)}, got {dtype}")
-    shape = (num_pages, page_size, 2 * num_kv_heads, head_dim)
     device = torch.device(device)
+    if device.type == "xla" and sharding.current() is not None:
+        num_kv_heads = sharding.current().stored_kv_heads(num_kv_heads)
+    shape = (num_pages, page_size, 2 * num_kv_heads, head_dim)
     if device.type != "xla":
         return torch.zeros(shape, dtype=dtype, device=device)
     from torch_rpa import bridge
 
     if bridge.device_kind() == "tpu" and 2 * num_kv_heads * head_dim % 128 == 0:
         shape = (num_pages, page_size, 2 * num_kv_heads * head_dim)
-    return bridge.zeros_buffer(shape, dtype, device)
+    return bridge.zeros_pages(shape, dtype, device)
 
 
 def heads_view(kv_pages: torch.Tensor, head_dim: int) -> torch.Tensor:

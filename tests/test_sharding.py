@@ -1,0 +1,38 @@
+"""Several chips: SPMD is for a whole process, so these tests run in one of their own (``tests/spmd``)."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).with_name("spmd")
+
+
+def run(*command):
+    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    return result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(file.name for file in FOLDER.glob("test_*.py")))
+def test_on_four_virtual_chips(name):
+    run("-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", FOLDER / name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "num_chips", "num_kv_heads"), [("v5e:2x2", 4, 8), ("v6e:2x4", 8, 8), ("v6e:2x4", 8, 2)]
+)
+def test_libtpu_compiles_two_sharded_blocks_with_one_all_reduce_each(tmp_path, topology, num_chips, num_kv_heads):
+    pytest.importorskip("libtpu")
+    run(FOLDER / "program.py", "trace", str(num_chips), tmp_path / "program", str(num_kv_heads))
+    report = json.loads(run(FOLDER / "program.py", "compile", topology, tmp_path / "program").splitlines()[-1])
+    assert report["kernels"] == 2, "the Pallas kernel must be inside"
+    assert report["collectives"] == ["all-reduce"] * 2
+    assert report["copies"] == []
+    stored = max(num_kv_heads, num_chips)  # KV heads of the whole cache
+    assert report["alias_bytes"] == report["page_bytes_of_a_head"] * stored // num_chips
+    assert report["temp_bytes"] < report["alias_bytes"] / 4

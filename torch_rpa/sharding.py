@@ -1,0 +1,243 @@
+"""Heads over chips: the ops under PyTorch/XLA's SPMD.
+
+A TPU kernel is one opaque call to XLA's partitioner: left alone, it gathers q and the whole cache to every chip. So the
+ops partition themselves: each chip calls the kernel on its KV heads, the query heads that share them and its part of
+the pages, and nothing crosses chips until the output projection adds up.
+
+    chips of the axis            0          1          2          3
+    q, out [.., 8 heads, ..]     0 1        2 3        4 5        6 7
+    pages  [.., K0 V0 K1 ..]     K0 V0      K1 V1      K2 V2      K3 V3
+    metadata                     all of it on every chip
+
+With more chips than KV heads a KV head stands on several chips, once for each: the pages then have one head per chip.
+
+A context too long for one chip is shared out by pages instead, see ``attend_over_chips``.
+
+    xr.use_spmd()
+    mesh = xs.Mesh(np.arange(4), (4,), ("model",))
+    torch_rpa.sharding.use_mesh(mesh, "model")          # from here on the ops and empty_kv_pages are sharded
+"""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from torch_rpa.merge import merge_attention_states
+
+__all__ = ["HeadSharding", "attend_over_chips", "current", "use_mesh"]
+
+_current: "HeadSharding | None" = None
+
+
+def use_mesh(mesh, axis: str | None = None) -> None:
+    """Shard heads over ``axis`` of ``mesh`` in all calls of the ops on XLA tensors from now on, in every thread.
+
+    Args:
+        mesh: a ``torch_xla.distributed.spmd.Mesh`` with named axes, or None: shard nothing (the state at import).
+        axis: the name of its axis for heads, by convention "model" or "tp".
+
+    Raises:
+        ValueError: the mesh has no such axis.
+        RuntimeError: SPMD is off; call ``torch_xla.runtime.use_spmd()`` first.
+    """
+    global _current
+    _current = None if mesh is None else _checked(mesh, axis)
+
+
+def current() -> "HeadSharding | None":
+    """What ``use_mesh`` asked for last."""
+    return _current
+
+
+def for_call(q: torch.Tensor) -> "HeadSharding | None":
+    """How a call of an op with this q is to be sharded; None if it is not, or is already on every chip's own part."""
+    import torch_xla.runtime as xr
+
+    if not xr.is_spmd() or _torch_xla()._get_xla_sharding_spec(q) == "{manual}":
+        return None
+    if _current is None:
+        warnings.warn(
+            "an op of torch_rpa under SPMD without torch_rpa.sharding.use_mesh(mesh, axis): every chip gathers and "
+            "computes all heads",
+            stacklevel=3,
+        )
+    return _current
+
+
+@dataclass(frozen=True)
+class HeadSharding:
+    """Heads over one axis of a mesh; along the others everything is replicated."""
+
+    mesh: Any
+    axis: str
+
+    @property
+    def num_chips(self) -> int:
+        """Chips along the axis."""
+        return self.mesh.shape()[self.axis]
+
+    def stored_kv_heads(self, num_kv_heads: int) -> int:
+        """KV heads that pages have in all: ``num_kv_heads``, or one for each chip if the chips are more.
+
+        Raises ValueError if neither number divides the other.
+        """
+        if num_kv_heads % self.num_chips and self.num_chips % num_kv_heads:
+            raise ValueError(
+                f"{num_kv_heads=} cannot be shared out over the {self.num_chips} chips of mesh axis {self.axis!r}: one "
+                "of the two must be a multiple of the other"
+            )
+        return max(num_kv_heads, self.num_chips)
+
+    def spec(self, name: str, tensor: torch.Tensor) -> tuple:
+        """The partition spec of an argument or a result: heads over the axis, all else replicated."""
+        dim = {"q": 1, "k": 1, "v": 1, "out": 1, "lse": 1, "kv_pages": 2, "sinks": 0}.get(name)
+        return tuple(self.axis if i == dim else None for i in range(tensor.dim()))
+
+    def shards(self, args: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The arguments of a call as every chip's own part of them.
+
+        Raises ValueError for heads that cannot be shared out, and for pages that are not sharded.
+        """
+        self._check(args)
+        return {name: self._shard(name, self._repeat_heads(name, x, args)) for name, x in args.items()}
+
+    def whole(self, name: str, part: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """The result of ``shape`` that every chip has its own part of."""
+        return _to_whole(part, self.mesh, self.spec(name, part), shape)
+
+    def mark(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The same tensor, with its data sharded as the op takes it."""
+        _torch_xla()._xla_mark_sharding(tensor, self.mesh.get_op_sharding(self.spec(name, tensor)))
+        return tensor
+
+    def _shard(self, name, tensor):
+        if name == "kv_pages":  # its data is sharded already
+            return _torch_xla()._spmd_full_to_shard_shape(tensor)
+        return _to_part(tensor, self.mesh, self.spec(name, tensor))
+
+    def _repeat_heads(self, name, tensor, args):
+        """k and v with each head as often as it stands in the pages."""
+        if name not in ("k", "v"):
+            return tensor
+        copies = _stored_heads(args) // tensor.shape[1]
+        return tensor if copies == 1 else tensor.unsqueeze(2).expand(-1, -1, copies, -1).flatten(1, 2)
+
+    def _check(self, args):
+        where = f"the {self.num_chips} chips of mesh axis {self.axis!r}"
+        num_q_heads, stored = args["q"].shape[1], _stored_heads(args)
+        if num_q_heads % self.num_chips:
+            raise ValueError(f"q has {num_q_heads} heads, which cannot be shared out evenly over {where}")
+        expected = self.stored_kv_heads(args["k"].shape[1] if "k" in args else stored)
+        if stored != expected:
+            raise ValueError(
+                f"kv_pages has {stored} KV heads, expected {expected} for {where}; make it with "
+                "torch_rpa.empty_kv_pages after torch_rpa.sharding.use_mesh"
+            )
+        if not self._is_sharded(args["kv_pages"]):
+            raise ValueError(
+                f"kv_pages must be sharded by head over {where}, or each of them would hold all of it; make it with "
+                "torch_rpa.empty_kv_pages after torch_rpa.sharding.use_mesh, or shard it with "
+                f"xs.mark_sharding(kv_pages, mesh, {self.spec('kv_pages', args['kv_pages'])})"
+            )
+
+    def _is_sharded(self, pages):
+        if not _torch_xla()._get_xla_sharding_spec(pages):
+            return self.num_chips == 1
+        part = _torch_xla()._spmd_full_to_shard_shape(pages).shape
+        return part == (*pages.shape[:2], pages.shape[2] // self.num_chips, *pages.shape[3:])
+
+
+def attend_over_chips(
+    q: torch.Tensor,
+    kv_pages: torch.Tensor,
+    kv_lens: torch.Tensor,
+    page_indices: torch.Tensor,
+    cu_q_lens: torch.Tensor,
+    num_seqs: torch.Tensor,
+    *,
+    mesh,
+    axis: str,
+    **options,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over a context whose pages are shared out over chips: each chip its own pages, merged by lse.
+
+    Every row sees all keys of its sequence, on whatever chip: the tokens before this step's. A decode row's own token
+    may be among them. The new tokens of a prefill chunk, of which a row sees some, are one more part: attend to them
+    alone, and put both together with ``torch_rpa.merge_attention_states``.
+
+    Args:
+        q: [num_tokens, num_q_heads, head_dim]; cu_q_lens, num_seqs: as for the op; on every chip.
+        kv_pages: of either form, sharded along num_pages over ``axis``: chip c of n holds the c-th n-th of the pages.
+        kv_lens: int32 [chips, max_num_seqs], tokens of each sequence that stand on each chip, 0 for none.
+        page_indices: int32 [chips, max_num_seqs, pages_per_seq], counted from the chip's own first page.
+        mesh, axis: as for ``use_mesh``, which is not needed: heads are not sharded here.
+        options: sm_scale, soft_cap, k_scale, v_scale and block sizes, as for the op.
+
+    Returns:
+        out and lse, as from ``torch.ops.rpa.ragged_paged_attention_with_lse``.
+
+    Raises:
+        ValueError: a first dimension that the chips cannot share; what the op refuses.
+    """
+    _checked(mesh, axis)
+    num_chips, refused = mesh.shape()[axis], {"causal", "sliding_window", "sinks"} & options.keys()
+    if refused:
+        raise ValueError(f"attend_over_chips takes no {', '.join(sorted(refused))}: every row sees every key")
+    for name, x in (("kv_lens", kv_lens), ("page_indices", page_indices)):
+        if x.shape[0] != num_chips:
+            raise ValueError(f"{name} must have one entry for each of {num_chips} chips, got {list(x.shape)}")
+    if kv_pages.shape[0] % num_chips:
+        raise ValueError(f"kv_pages has {kv_pages.shape[0]} pages, which {num_chips} chips cannot share evenly")
+
+    def part(x, is_shared=False):
+        return _to_part(x, mesh, tuple(axis if is_shared and i == 0 else None for i in range(x.dim())))
+
+    lens, table, pages = (part(x, is_shared=True) for x in (kv_lens, page_indices, kv_pages))
+    results = torch.ops.rpa.ragged_paged_attention_with_lse(
+        part(q), pages, lens[0], table[0], part(cu_q_lens), part(num_seqs), causal=False, **options
+    )
+    outs, lses = (_to_whole(x.unsqueeze(0), mesh, (axis, *[None] * x.dim()), (num_chips, *x.shape)) for x in results)
+    return merge_attention_states(outs, lses)
+
+
+def _to_part(tensor, mesh, spec):
+    """Every chip's own part of a tensor, to be worked on chip by chip. The caller's tensor is not annotated."""
+    tensor = tensor.view(tensor.shape)
+    _torch_xla()._xla_annotate_custom_sharding(tensor, mesh.get_op_sharding(spec))
+    return _torch_xla()._spmd_full_to_shard_shape(tensor)
+
+
+def _to_whole(part, mesh, spec, shape):
+    """The tensor of ``shape`` of which every chip has its own part."""
+    _torch_xla()._mark_manual_sharding(part, _manual())
+    return _torch_xla()._spmd_shard_to_full_shape(part, mesh.get_op_sharding(spec), shape, part.dtype)
+
+
+def _stored_heads(args) -> int:
+    pages, head_dim = args["kv_pages"], args["q"].shape[2]
+    return pages[0, 0].numel() // (2 * head_dim)
+
+
+def _checked(mesh, axis) -> HeadSharding:
+    import torch_xla.runtime as xr
+
+    if not xr.is_spmd():
+        raise RuntimeError("torch_rpa.sharding.use_mesh needs SPMD: call torch_xla.runtime.use_spmd() first")
+    if axis not in mesh.shape():
+        raise ValueError(f"axis must be one of the mesh's axes {tuple(mesh.shape())}, got {axis!r}")
+    return HeadSharding(mesh, axis)
+
+
+def _torch_xla():
+    import torch_xla
+
+    return torch_xla._XLAC
+
+
+def _manual():
+    import torch_xla
+    from torch_xla.distributed.spmd import ShardingType
+
+    return torch_xla._XLAC.OpSharding([], [], [], int(ShardingType.MANUAL))
