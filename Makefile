@@ -21,11 +21,11 @@ INSTALL_STAMP := $(VENV)/.stamp-torch_rpa
 NATIVE_SOURCES := $(wildcard csrc_stub/*.cpp csrc_stub/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format bench clean distclean
+.PHONY: help venv demo test lint format bench compile-matrix clean distclean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(INSTALL_STAMP) ## set up .venv: the pinned packages, and torch_rpa with its native extension
 
@@ -53,6 +53,9 @@ bench: $(INSTALL_STAMP) ## run every benchmark in benchmarks/
 	  echo "== $$file"; \
 	  $(BIN)/python -m "benchmarks.$$(basename "$$file" .py)" $(ARGS) || exit 1; \
 	done
+
+compile-matrix: $(INSTALL_STAMP) ## compile the TPU kernel for every chip, model and dtype: 2 hours; goes on where it stopped
+	@$(BIN)/python -m benchmarks.compile_matrix $(ARGS)
 
 clean: ## remove builds and caches, keep .venv
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis torch_rpa/_C.*.so $(INSTALL_STAMP)

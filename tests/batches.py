@@ -10,18 +10,12 @@ import torch
 
 from torch_rpa import reference
 from torch_rpa.validation import tpu_reasons
+from torch_rpa.workloads import MODELS
 
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 # Head counts and sizes of real models: (num_q_heads, num_kv_heads, head_dim).
-MODEL_HEADS = {
-    "llama-3-8b": (32, 8, 128),
-    "llama-3-70b-on-8-chips": (8, 1, 128),
-    "qwen2.5-7b": (28, 4, 128),
-    "gemma-2-9b": (16, 8, 256),
-    "gpt-oss-20b": (64, 8, 64),
-    "phi-3-mini": (32, 32, 96),
-    "smollm2-135m": (9, 3, 64),
+MODEL_HEADS = {name: model.heads for name, model in MODELS.items()} | {
     "qwen2-0.5b": (14, 2, 64),
     "llama-3.2-3b": (24, 8, 128),
     "qwen2.5-14b": (40, 8, 128),

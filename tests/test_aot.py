@@ -1,49 +1,66 @@
 """libtpu compiles the ops for real TPUs, ahead of time and without one, and leaves no copy around them."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import itertools
 
 import pytest
-from aot import ENVIRONMENT
 from batches import MODEL_HEADS
+
+from benchmarks.compile_matrix import FACTORS, all_points, case_of, pairs_of, pairwise
+from torch_rpa.aot import OpCase, compile_report
+from torch_rpa.kernels import chips
 
 pytest.importorskip("libtpu")
 
-LLAMA = {"heads": MODEL_HEADS["llama-3-8b"], "sm_scale": 128**-0.5}
-V4 = {"chip": "v4", "vmem_limit_bytes": 15 * 2**20}  # of its 16 MiB
-CASES = {
-    **{
-        f"llama-{chip}-{page_size}-{'update' if update else 'read'}": {
-            **LLAMA, "chip": chip, "page_size": page_size, "update": update
-        }
-        for chip, page_size, update in (("v6e", 16, True), ("v6e", 128, False), ("v5e", 16, False), ("v5e", 128, True))
-    },
-    "llama-v5p": {**LLAMA, "chip": "v5p", "page_size": 128, "update": True},
-    "llama-v4": {**LLAMA, **V4, "page_size": 16, "update": True},
-    "gemma": {
-        "heads": MODEL_HEADS["gemma-2-9b"], "chip": "v6e", "page_size": 32, "sliding_window": 4096, "soft_cap": 50.0
-    },
-    "gpt-oss-int8": {
-        "heads": MODEL_HEADS["gpt-oss-20b"], "chip": "v5e", "page_size": 16, "sliding_window": 128,
-        "kv_dtype": "int8", "k_scale": 0.1, "v_scale": 0.1, "update": True,
-    },
-    "phi-fp8": {"heads": MODEL_HEADS["phi-3-mini"], "chip": "v6e", "page_size": 64, "kv_dtype": "float8_e4m3fn"},
-    "smollm2": {"heads": MODEL_HEADS["smollm2-135m"], "chip": "v5e", "page_size": 16, "update": True},
-    "falcon-float32": {"heads": MODEL_HEADS["falcon-7b"], "chip": "v6e", "page_size": 16, "dtype": "float32"},
-}  # fmt: skip
+NUM_POINTS = 24
+SPECIAL = {
+    "falcon-float32": OpCase("v6e", MODEL_HEADS["falcon-7b"], page_size=16, dtype="float32"),
+    "qwen2.5-14b-update": OpCase("v5e", MODEL_HEADS["qwen2.5-14b"], page_size=256, update=True),
+}
+CASES = {"-".join(map(str, point.values())): case_of(point) for point in pairwise(NUM_POINTS)} | SPECIAL
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_compiles_for_a_tpu_without_copies_and_updates_in_place(case):
-    command = [sys.executable, str(Path(__file__).with_name("aot.py")), json.dumps([case])]
-    result = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-2000:]
-    (report,) = json.loads(result.stdout.splitlines()[-1])
-    assert report["copies"] == []
-    assert report["alias_bytes"] == (report["page_bytes"] if case.get("update") else 0)
-    assert report["temp_bytes"] < report["page_bytes"] / 2
-    assert report["seconds"] < 60  # 4 to 13 s on two cores of their own
+    report = compile_report(case)
+    assert report.error is None
+    assert report.copies == ()
+    assert report.alias_bytes == (report.page_bytes if case.update else 0)
+    assert report.temp_bytes < report.page_bytes / 2
+    assert 0 < report.vmem_bytes <= chips.named(case.chip).vmem_limit_bytes
+    assert report.seconds < 60  # 4 to 16 s on two cores of their own
+
+
+@pytest.mark.slow
+def test_a_report_of_what_does_not_compile_says_why():
+    report = compile_report(OpCase("v4", MODEL_HEADS["llama-3-8b"], options={"vmem_limit_bytes": 2**20}))
+    assert "vmem" in report.error.lower()
+    report = compile_report(OpCase("v3", MODEL_HEADS["llama-3-8b"]))
+    assert report.error == "ValueError: chip must be one of v4, v5e, v5p, v6e, 7x, or None if it is not known; got 'v3'"
+
+
+def test_the_subset_of_the_matrix_covers_every_pair_that_so_few_cases_can():
+    """28 cases would take in every pair of model and chip; in 24, each model still meets at least three chips."""
+    covered = set().union(*map(pairs_of, pairwise(NUM_POINTS)))
+    missing = set().union(*map(pairs_of, all_points())) - covered
+    assert {(a, b) for (a, _), (b, _) in missing} <= {("chip", "model"), ("page_size", "model")}
+    for model, factor in itertools.product(FACTORS["model"], ("chip", "page_size")):
+        levels = {level for level in FACTORS[factor] if ((factor, level), ("model", model)) in covered}
+        assert len(levels) >= 3, (model, factor)
+
+
+def test_a_larger_subset_covers_every_pair():
+    every_pair = set().union(*map(pairs_of, all_points()))
+    assert set().union(*map(pairs_of, pairwise(28))) == every_pair
+
+
+@pytest.mark.parametrize(
+    ("device_kind", "name"), [("TPU v4", "v4"), ("TPU v5 lite", "v5e"), ("TPU v6 lite", "v6e"), ("cpu", None)]
+)
+def test_a_chip_is_known_by_what_pjrt_calls_its_devices(device_kind, name):
+    assert chips.name_of(device_kind) == name
+
+
+def test_no_chip_is_asked_for_more_vector_memory_than_it_has():
+    assert all(chip.vmem_limit_bytes < chip.vmem_bytes for chip in chips.CHIPS.values())
+    assert all(chips.named(None).vmem_limit_bytes < c.vmem_bytes for c in chips.CHIPS.values() if c.name != "v4")

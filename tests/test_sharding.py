@@ -28,7 +28,7 @@ def test_on_four_virtual_chips(name):
 )
 def test_libtpu_compiles_two_sharded_blocks_with_one_all_reduce_each(tmp_path, topology, num_chips, num_kv_heads):
     pytest.importorskip("libtpu")
-    run(FOLDER / "program.py", "trace", str(num_chips), tmp_path / "program", str(num_kv_heads))
+    run(FOLDER / "program.py", "trace", topology.split(":")[0], str(num_chips), tmp_path / "program", str(num_kv_heads))
     report = json.loads(run(FOLDER / "program.py", "compile", topology, tmp_path / "program").splitlines()[-1])
     assert report["kernels"] == 2, "the Pallas kernel must be inside"
     assert report["collectives"] == ["all-reduce"] * 2

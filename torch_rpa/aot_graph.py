@@ -1,6 +1,6 @@
 """A whole lazy graph of PyTorch/XLA compiled for a named TPU, without one: what stands around the ops in a model.
 
-    with aot_graph.traced_for("tpu"):          the ops are lowered to their TPU kernel, whatever the device
+    with aot_graph.traced_for("v6e"):          the ops are lowered to their TPU kernel, whatever the device
         pages = torch_rpa.empty_kv_pages(...)  the form of pages that a TPU gets
         out = model(...)                       traced, never run
         program = aot_graph.traced_program([pages, out], updated=[pages])
@@ -27,11 +27,14 @@ class Program:
 
 
 @contextmanager
-def traced_for(platform: str):
-    """Lower the ops for "cpu" or "tpu" and not for the device that is there. What is traced here cannot be run."""
+def traced_for(chip: str):
+    """Lower the ops for a TPU ("v6e") and not for the device that is there. What is traced here cannot be run."""
     from torch_rpa import bridge
 
-    with mock.patch.object(bridge, "device_kind", return_value=platform):
+    with (
+        mock.patch.object(bridge, "device_kind", return_value="tpu"),
+        mock.patch.object(bridge, "chip_name", return_value=chip),
+    ):
         bridge.forget_computations()
         try:
             yield

@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 import torch_xla
 import torch_xla.core.xla_builder as xb
+import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as metrics
 import torch_xla.runtime as xr
 from torch_xla._internal.jax_workarounds import jax_import_guard
@@ -84,6 +85,16 @@ def device_kind() -> str:
     return _PLATFORMS[device_type]
 
 
+def chip_name() -> str | None:
+    """The TPU behind the XLA device, as ``torch_rpa.kernels`` names it ("v6e").
+
+    None off TPU, for a chip that is not known, and under SPMD, whose virtual device does not say.
+    """
+    from torch_rpa.kernels import chips
+
+    return None if xr.is_spmd() else chips.name_of(xm.xla_device_kind())
+
+
 def zeros_pages(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeroed pages with a buffer of their own on the device, under ``sharding.use_mesh`` a part of them on each chip.
 
@@ -143,6 +154,7 @@ def _lower(op, specs, options, platform, kernel):
     names = [name for name, *_ in specs]
     shapes = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype_name(dtype))) for _, shape, dtype, _ in specs]
     choice = {"interpret": kernel == "interpret", "backend": "xla" if kernel == "xla" else "auto"}
+    choice["chip"] = chip_name()
 
     def function(*arrays):
         return getattr(kernels, op)(**dict(zip(names, arrays, strict=True)), **vars(options), **choice)

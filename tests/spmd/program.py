@@ -1,6 +1,6 @@
 """Trace two attention blocks of Llama-3-8B's shape for TPU, sharded over as many virtual chips as asked, and compile.
 
-python program.py trace 4 FILE 8        chips, file, KV heads
+python program.py trace v5e 4 FILE 8    chip, chips, file, KV heads
 python program.py compile v5e:2x2 FILE  prints what the test asserts, as JSON
 """
 
@@ -14,7 +14,7 @@ TOKENS, MODEL_DIM, NUM_Q_HEADS, HEAD_DIM, LAYERS = 512, 4096, 32, 128, 2
 NUM_PAGES, PAGE_SIZE, MAX_NUM_SEQS, PAGES_PER_SEQ = 1024, 128, 64, 64
 
 
-def trace(num_chips, path, num_kv_heads):
+def trace(chip, num_chips, path, num_kv_heads):
     os.environ.update(PJRT_DEVICE="CPU", CPU_NUM_DEVICES=str(num_chips))
     import numpy as np
     import torch
@@ -44,7 +44,7 @@ def trace(num_chips, path, num_kv_heads):
         )
         return wq, wk, wv, zeros(NUM_Q_HEADS * HEAD_DIM, MODEL_DIM, partition=rows), pages
 
-    with aot_graph.traced_for("tpu"):
+    with aot_graph.traced_for(chip):
         x, layers = zeros(TOKENS, MODEL_DIM), [layer() for _ in range(LAYERS)]
         shapes = (MAX_NUM_SEQS,), (MAX_NUM_SEQS, PAGES_PER_SEQ), (MAX_NUM_SEQS + 1,), (1,)
         metadata = [zeros(*shape, dtype=torch.int32) for shape in shapes]
@@ -59,12 +59,9 @@ def trace(num_chips, path, num_kv_heads):
 
 
 def compile_for(topology_name, path):
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    import aot
+    from torch_rpa import aot, aot_graph
 
-    os.environ.update(aot.ENVIRONMENT)
-    from torch_rpa import aot_graph
-
+    os.environ.update(aot.environment())
     program = json.loads(Path(path).read_text())
     compiled = aot_graph.compile_program(aot_graph.Program(program["hlo"], tuple(program["updated"])), topology_name)
     text, memory = compiled.hlo_modules()[0].to_string(), compiled.get_compiled_memory_stats()
@@ -81,6 +78,6 @@ def compile_for(topology_name, path):
 
 if __name__ == "__main__":
     if sys.argv[1] == "trace":
-        trace(int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
+        trace(sys.argv[2], int(sys.argv[3]), sys.argv[4], int(sys.argv[5]))
     else:
         print(json.dumps(compile_for(*sys.argv[2:])))

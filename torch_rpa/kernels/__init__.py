@@ -26,6 +26,7 @@ def ragged_paged_attention_with_lse(
     mask_value=None,
     interpret=False,
     backend="auto",
+    chip=None,
     **options,
 ):
     """Attention of every row of a ragged batch over its own sequence's pages.
@@ -43,6 +44,8 @@ def ragged_paged_attention_with_lse(
         interpret: run the Pallas kernel in an interpreter: True for the HLO interpreter, or a
             ``pltpu.InterpretParams`` for the TPU interpreter.
         backend: "auto" for the Pallas kernel on TPU and plain XLA ops elsewhere, "xla" for plain XLA ops everywhere.
+        chip: the TPU that the call is compiled for, "v4", "v5e", "v5p", "v6e" or "7x", or None for blocks that fit on
+            every one but v4, which has an eighth of the others' vector memory.
         **options: the fields of ``torch_rpa.options.AttentionOptions``: sm_scale, causal, sliding_window, ...
 
     Returns:
@@ -53,7 +56,7 @@ def ragged_paged_attention_with_lse(
         NotImplementedError: what the device cannot do; for TPU some of it when the call is lowered.
     """
     args = {"q": q, "kv_pages": kv_pages, **_metadata(kv_lens, page_indices, cu_q_lens, num_seqs), "sinks": sinks}
-    return _attend(args, options, interpret, backend, with_lse=True)
+    return _attend(args, options, interpret, backend, chip, with_lse=True)
 
 
 def ragged_paged_attention(
@@ -68,16 +71,17 @@ def ragged_paged_attention(
     mask_value=None,
     interpret=False,
     backend="auto",
+    chip=None,
     **options,
 ):
     """``ragged_paged_attention_with_lse`` without the lse: the same arguments, returns out."""
     args = {"q": q, "kv_pages": kv_pages, **_metadata(kv_lens, page_indices, cu_q_lens, num_seqs), "sinks": sinks}
-    return _attend(args, options, interpret, backend, with_lse=False)[0]
+    return _attend(args, options, interpret, backend, chip, with_lse=False)[0]
 
 
 def ragged_paged_attention_update(
     q, k, v, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, *,
-    sinks=None, mask_value=None, interpret=False, backend="auto", **options,
+    sinks=None, mask_value=None, interpret=False, backend="auto", chip=None, **options,
 ):  # fmt: skip
     """Write this step's k and v [num_tokens, num_kv_heads, head_dim] to the pages, then attend.
 
@@ -92,7 +96,7 @@ def ragged_paged_attention_update(
     args, options = _prepare(args, options)
 
     def by_kernel(args, interpret=False):
-        return kernel.attend_update(**args, options=options, interpret=interpret)
+        return kernel.attend_update(**args, options=options, interpret=interpret, chip=chip)
 
     def by_xla(args):
         to_write = {name: x for name, x in args.items() if name not in ("q", "sinks")}
@@ -103,11 +107,11 @@ def ragged_paged_attention_update(
     return _on_device(by_kernel, by_xla, args, interpret, backend)
 
 
-def _attend(args, options, interpret, backend, with_lse):
+def _attend(args, options, interpret, backend, chip, with_lse):
     args, options = _prepare(args, options)
 
     def by_kernel(args, interpret=False):
-        return kernel.attend(**args, options=options, with_lse=with_lse, interpret=interpret)
+        return kernel.attend(**args, options=options, with_lse=with_lse, interpret=interpret, chip=chip)
 
     def by_xla(args):
         out, lse = xla.attend(**args, options=options)

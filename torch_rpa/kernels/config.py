@@ -26,6 +26,8 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from torch_rpa.kernels import chips
+from torch_rpa.kernels.chips import Chip
 from torch_rpa.options import AttentionOptions
 from torch_rpa.validation import page_shape
 
@@ -45,7 +47,6 @@ _SET_LANES = 2048
 _NUM_SLOTS = 8
 _GROUP_ITEMS = 4
 _WRITE_SLOTS = 64
-_DEFAULT_VMEM_LIMIT_BYTES = 64 * 2**20
 # Of VMEM for what is declared; the rest is the compiler's own, for values that do not fit into registers.
 _VMEM_SHARE = 0.75
 
@@ -66,6 +67,7 @@ class KernelConfig:
         write_slots: tiles of new tokens on their way to the pages.
         kv_dtype, q_dtype: names of dtypes.
         with_lse, with_sinks, with_update: whether lse is written, sinks are read, new tokens are written to the pages.
+        chip: what it is compiled for.
     """
 
     num_tokens: int
@@ -82,6 +84,7 @@ class KernelConfig:
     with_lse: bool
     with_sinks: bool
     with_update: bool
+    chip: Chip
     block_rows: int
     block_pages: int
     num_slots: int
@@ -247,7 +250,7 @@ class KernelConfig:
 
     @property
     def vmem_limit_bytes(self) -> int:
-        return self.options.vmem_limit_bytes or _DEFAULT_VMEM_LIMIT_BYTES
+        return self.options.vmem_limit_bytes or self.chip.vmem_limit_bytes
 
 
 def fill_lanes(x):
@@ -266,7 +269,7 @@ def _padded_bytes(shape, dtype) -> int:
 
 
 def make_config(
-    q, kv_pages, page_indices, options: AttentionOptions, *, with_lse, with_sinks, with_update
+    q, kv_pages, page_indices, options: AttentionOptions, *, with_lse, with_sinks, with_update, chip=None
 ) -> KernelConfig:
     """The configuration for arrays of these shapes and dtypes.
 
@@ -274,6 +277,7 @@ def make_config(
         q: [num_tokens, num_q_heads, head_dim]; kv_pages of either form; page_indices [max_num_seqs, pages_per_seq]:
             arrays, or anything with a shape and a dtype.
         options: its block sizes override the choice made here.
+        chip: name of the chip in ``chips.py``, or None for a choice that fits on every chip but v4.
     """
     num_tokens, num_q_heads, head_dim = q.shape
     pages = page_shape(kv_pages.shape, head_dim)
@@ -295,6 +299,7 @@ def make_config(
         with_lse=with_lse,
         with_sinks=with_sinks,
         with_update=with_update,
+        chip=chips.named(chip),
         block_rows=min(block_rows, -(-num_tokens // COPY_ROWS) * COPY_ROWS),
         block_pages=block_pages,
         num_slots=_NUM_SLOTS,

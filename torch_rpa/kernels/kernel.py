@@ -29,35 +29,39 @@ from torch_rpa.kernels.refs import Refs
 from torch_rpa.kernels.schedule import Item
 
 
-def attend(q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sinks, options, *, with_lse, interpret=False):
+def attend(
+    q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sinks, options, *, with_lse, interpret=False, chip=None
+):
     """Attention over pages of either form by the Pallas kernel; the arguments are those of the op, as JAX arrays.
 
     Returns:
         out, as q, and lse, float32 [num_tokens, num_q_heads], or None without ``with_lse``.
     """
     metadata = kv_lens, page_indices, cu_q_lens, num_seqs
-    out, lse, _ = _call(q, None, None, kv_pages, metadata, sinks, options, with_lse, interpret)
+    out, lse, _ = _call(q, None, None, kv_pages, metadata, sinks, options, with_lse, interpret, chip)
     return out, lse
 
 
-def attend_update(q, k, v, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sinks, options, *, interpret=False):
+def attend_update(
+    q, k, v, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sinks, options, *, interpret=False, chip=None
+):
     """Write k and v to the pages, in place, and attend, in one launch; the arguments are those of the op.
 
     Returns:
         out, as q, and the pages, as kv_pages.
     """
     metadata = kv_lens, page_indices, cu_q_lens, num_seqs
-    out, _, new_pages = _call(q, k, v, kv_pages, metadata, sinks, options, False, interpret)
+    out, _, new_pages = _call(q, k, v, kv_pages, metadata, sinks, options, False, interpret, chip)
     return out, new_pages
 
 
-def _call(q, k, v, kv_pages, metadata, sinks, options, with_lse, interpret):
+def _call(q, k, v, kv_pages, metadata, sinks, options, with_lse, interpret, chip):
     kv_lens, page_indices, cu_q_lens, num_seqs = metadata
     if q.shape[0] == 0 or page_indices.size == 0:  # no row belongs to a sequence
         return jnp.zeros_like(q), jnp.full(q.shape[:2], -jnp.inf, jnp.float32), kv_pages
     config = make_config(
         q, kv_pages, page_indices, options,
-        with_lse=with_lse, with_sinks=sinks is not None, with_update=k is not None,
+        with_lse=with_lse, with_sinks=sinks is not None, with_update=k is not None, chip=chip,
     )  # fmt: skip
     scalars = [kv_lens, page_indices.reshape(-1), cu_q_lens, num_seqs]
     scalars += [] if sinks is None else [sinks.astype(jnp.float32)]
