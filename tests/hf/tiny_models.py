@@ -1,16 +1,9 @@
 """Tiny models with random weights, of the real transformers classes, and what plain transformers says of them."""
 
+from dataclasses import dataclass, field, fields
+
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+import transformers
 
 VOCAB_SIZE = 128
 _SIZES = {
@@ -20,39 +13,101 @@ _SIZES = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "head_dim": 16,
     "max_position_embeddings": 256,
-    "initializer_range": 0.3,  # large enough for logits that differ clearly, so that greedy tokens are no coin toss
+    # Large enough for logits that differ clearly, so that greedy tokens are no coin toss.
+    "initializer_range": 0.3,
+    "init_std": 0.3,
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": None,
+    "tie_word_embeddings": False,
 }
+_EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+_WINDOW_THEN_FULL = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+_FIVE_WINDOWS_THEN_FULL = {
+    "sliding_window": 6,
+    "num_hidden_layers": 6,
+    "layer_types": [*["sliding_attention"] * 5, "full_attention"],
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A transformers class, the name its users know it by, and what its tiny config has beyond the common sizes."""
+
+    title: str
+    model_class: str
+    changes: dict = field(default_factory=dict)
+
+    @property
+    def model_type(self) -> type:
+        return getattr(transformers, self.model_class)
+
+    def config(self, **changes):
+        """The common sizes, as far as this config has them, and the changes."""
+        config_class = self.model_type.config_class
+        known = {one.name for one in fields(config_class)} | set(config_class.attribute_map)
+        sizes = {name: value for name, value in {**_SIZES, **_EXPERTS}.items() if name in known}
+        return config_class(**{**sizes, **self.changes, **changes})
+
+
 FAMILIES = {
-    "llama": (LlamaConfig, LlamaForCausalLM, {}),
-    "llama-mha-rope-scaled": (
-        LlamaConfig,
-        LlamaForCausalLM,
+    "llama": Family("Llama, SmolLM2", "LlamaForCausalLM"),
+    "llama-mha-rope-scaled": Family(
+        "Llama with scaled RoPE",
+        "LlamaForCausalLM",
         {"num_key_value_heads": 4, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
     ),
-    "mistral-window": (MistralConfig, MistralForCausalLM, {"head_dim": 16, "sliding_window": 5}),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
-    "qwen2-window-in-one-layer": (
-        Qwen2Config,
-        Qwen2ForCausalLM,
-        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    "smollm3": Family("SmolLM3", "SmolLM3ForCausalLM", {"no_rope_layers": [1, 0]}),
+    "mistral-window": Family("Mistral", "MistralForCausalLM", {"sliding_window": 5}),
+    "mixtral": Family("Mixtral", "MixtralForCausalLM"),
+    "qwen2": Family("Qwen2", "Qwen2ForCausalLM"),
+    "qwen2-window-in-one-layer": Family(
+        "Qwen2 with a window", "Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
     ),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 32}),
+    "qwen2-moe": Family("Qwen2-MoE", "Qwen2MoeForCausalLM", {"shared_expert_intermediate_size": 32}),
+    "qwen3": Family("Qwen3", "Qwen3ForCausalLM", {"head_dim": 32}),
+    "qwen3-moe": Family("Qwen3-MoE", "Qwen3MoeForCausalLM", {"norm_topk_prob": True}),
+    "phi3": Family("Phi3", "Phi3ForCausalLM", {"sliding_window": 6}),
+    "gemma": Family("Gemma", "GemmaForCausalLM", {"num_key_value_heads": 1}),
+    "gemma2": Family(
+        "Gemma2", "Gemma2ForCausalLM", {**_WINDOW_THEN_FULL, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 5}
+    ),
+    "gemma3": Family("Gemma3", "Gemma3ForCausalLM", {**_FIVE_WINDOWS_THEN_FULL, "query_pre_attn_scalar": 5}),
+    "gemma3n": Family(
+        "Gemma3n",
+        "Gemma3nForCausalLM",
+        {
+            "num_hidden_layers": 4,
+            "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "vocab_size_per_layer_input": VOCAB_SIZE,
+            "hidden_size_per_layer_input": 8,
+            "laurel_rank": 8,
+            "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
+        },
+    ),
+    "granite": Family("Granite", "GraniteForCausalLM", {"attention_multiplier": 0.4, "residual_multiplier": 0.8}),
+    "olmo2": Family("OLMo2", "Olmo2ForCausalLM"),
+    "cohere2": Family("Cohere2", "Cohere2ForCausalLM", _WINDOW_THEN_FULL),
+    "gpt-oss": Family("GPT-OSS", "GptOssForCausalLM", _WINDOW_THEN_FULL),
+    "gpt-neox": Family("GPT-NeoX", "GPTNeoXForCausalLM"),
+    "opt": Family("OPT", "OPTForCausalLM", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "stablelm": Family("StableLM", "StableLmForCausalLM", {"num_key_value_heads": 1}),
+    "gpt-bigcode": Family("StarCoder (GPT-BigCode)", "GPTBigCodeForCausalLM", {"multi_query": True}),
 }
 
 
 def make_config(family: str = "llama", **changes):
-    config_class, _, family_changes = FAMILIES[family]
-    return config_class(**{**_SIZES, **family_changes, **changes})
+    return FAMILIES[family].config(**changes)
 
 
 def make_model(family: str = "llama", *, seed: int = 0, **changes):
     """A model on the CPU in eval mode, the same for the same arguments."""
     torch.manual_seed(seed)
-    return FAMILIES[family][1](make_config(family, **changes)).eval()
+    return FAMILIES[family].model_type(make_config(family, **changes)).eval()
 
 
 def make_prompts(*lengths: int, seed: int = 0) -> list[list[int]]:

@@ -9,6 +9,9 @@ from torch_rpa.hf.cache import PagedKVCache
 
 NAME = "torch_rpa"
 
+# Keywords that reach the attention and do not concern it: rotary positions are applied before, the rest is for others.
+_FOR_OTHERS = frozenset({"position_ids", "use_cache", "output_hidden_states", "output_router_logits", "return_dict"})
+
 
 @dataclass(frozen=True)
 class RaggedBatch:
@@ -51,27 +54,23 @@ def paged_attention(
     """Write this step's keys and values into the layer's pages, then attend. Gives [1, num_tokens, heads,
     dim], None.
 
+    A layer that shares another one's keys and values only reads: the other layer has written them in this very step.
     Raises RuntimeError without rpa_batch, and NotImplementedError for what the op cannot honour.
     """
     require_batch(rpa_batch)
     reasons = _not_supported_reasons(query, key, attention_mask, dropout, kwargs)
     if reasons:
         raise NotImplementedError("torch_rpa attention: " + "; ".join(reasons))
+    cache, layer = rpa_batch.cache, module.layer_idx
+    metadata = (rpa_batch.kv_lens, rpa_batch.page_indices, rpa_batch.cu_q_lens, rpa_batch.num_seqs)
+    options = {"sm_scale": scaling, "sliding_window": sliding_window, "soft_cap": softcap, "sinks": s_aux}
     # [1, heads, tokens, dim] -> [tokens, heads, dim]: views of the projections, so that no copy is made.
-    out = torch.ops.rpa.ragged_paged_attention_update_(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        rpa_batch.cache.layer_pages(module.layer_idx),
-        rpa_batch.kv_lens,
-        rpa_batch.page_indices,
-        rpa_batch.cu_q_lens,
-        rpa_batch.num_seqs,
-        sm_scale=scaling,
-        sliding_window=sliding_window,
-        soft_cap=softcap,
-        sinks=s_aux,
-    )
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if cache.writes(layer):
+        op = torch.ops.rpa.ragged_paged_attention_update_
+        out = op(q, k, v, cache.layer_pages(layer), *metadata, **options)
+    else:
+        out = torch.ops.rpa.ragged_paged_attention(q, cache.layer_pages(layer), *metadata, **options)
     return out.unsqueeze(0), None
 
 
@@ -85,10 +84,13 @@ def _not_supported_reasons(query, key, attention_mask, dropout: float, kwargs: d
         reasons.append("attention_mask must be None: rpa_batch says who sees whom")
     if dropout:
         reasons.append(f"{dropout=} is for training; call model.eval()")
-    if kwargs.get("output_attentions"):
+    if kwargs.pop("output_attentions", None):
         reasons.append("output_attentions=True: the probabilities are never materialised")
-    if kwargs.get("is_causal") is False:
+    if kwargs.pop("is_causal", None) is False:
         reasons.append("is_causal=False: only causal attention is supported")
+    unknown = [name for name, value in kwargs.items() if value is not None and name not in _FOR_OTHERS]
+    if unknown:
+        reasons.append(f"it does not know the keywords {', '.join(unknown)}, and ignores none")
     return reasons
 
 

@@ -46,33 +46,57 @@ class PageAllocator:
 
 
 class PagedKVCache:
-    """One array of pages for each layer, all addressed by the same page table.
+    """One array of pages for each layer with keys and values of its own, all addressed by the same page table.
 
-    layers[i]: what `torch_rpa.empty_kv_pages(num_pages, page_size, num_kv_heads, head_dim)` gives on the
-    model's device. A page number means that page in every layer, so one table serves them all.
+    layers: what `torch_rpa.empty_kv_pages(num_pages, page_size, num_kv_heads, head_dim)` gives on the model's
+    device, for each such layer. A page number means that page in every layer, so one table serves them all,
+    windowed or not. A layer that shares another one's keys and values (Gemma3n) has no array, it reads the other's.
     """
 
     def __init__(self, model, num_pages: int, page_size: int, dtype: torch.dtype) -> None:
         config = model.config
+        self._sources = kv_source_layers(config)
+        owners = sorted(set(self._sources))
+        self._arrays = {layer: index for index, layer in enumerate(owners)}
         self.layers = [
             torch_rpa.empty_kv_pages(
                 num_pages,
                 page_size,
-                config.num_key_value_heads,
+                num_kv_heads_of(config),
                 head_dim_of(config),
                 dtype=dtype,
                 device=model.device,
             )
-            for _ in range(config.num_hidden_layers)
+            for _ in owners
         ]
 
     def layer_pages(self, layer_idx: int) -> torch.Tensor:
-        """The pages that attention layer `layer_idx` writes and reads."""
-        return self.layers[layer_idx]
+        """The pages that attention layer `layer_idx` reads."""
+        return self.layers[self._arrays[self._sources[layer_idx]]]
+
+    def writes(self, layer_idx: int) -> bool:
+        """Whether the layer has keys and values of its own to write into its pages."""
+        return self._sources[layer_idx] == layer_idx
+
+
+def kv_source_layers(model_config) -> list[int]:
+    """For each layer the one whose keys and values it attends to: itself, or, where `kv_sharing_modes` (Gemma3n) says
+    "reuse", the layer of its type that says "store"."""
+    modes = getattr(model_config, "kv_sharing_modes", None) or [None] * model_config.num_hidden_layers
+    types = getattr(model_config, "layer_types", None)
+    stores = {types[layer]: layer for layer, mode in enumerate(modes) if mode == "store"}
+    return [stores[types[layer]] if mode == "reuse" else layer for layer, mode in enumerate(modes)]
 
 
 def head_dim_of(model_config) -> int:
     return getattr(model_config, "head_dim", None) or model_config.hidden_size // model_config.num_attention_heads
+
+
+def num_kv_heads_of(model_config) -> int:
+    """num_key_value_heads; in older configs one with multi_query (GPT-BigCode), else as many as query heads."""
+    if getattr(model_config, "multi_query", False):
+        return 1
+    return getattr(model_config, "num_key_value_heads", None) or model_config.num_attention_heads
 
 
 def pages_for(num_tokens: int, page_size: int) -> int:

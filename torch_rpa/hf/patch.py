@@ -5,75 +5,81 @@ import inspect
 from functools import partial
 
 import torch
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from torch_rpa.hf import attention
-from torch_rpa.hf.config import DEFAULT_TOKEN_BUCKETS, EngineConfig
+from torch_rpa.hf import attention, class_patch, experts, keywords
+from torch_rpa.hf.config import EngineConfig
 from torch_rpa.hf.generate import generate_batch
 from torch_rpa.hf.state import PatchState, attach, detach, is_patched, state_of
 from torch_rpa.hf.support import not_supported_reasons
 
+# What a patched model has instead of transformers' methods of these names; each takes the model first.
+METHODS = {"generate_batch": generate_batch}
 
-def patch(
-    model: PreTrainedModel,
-    *,
-    page_size: int = 16,
-    num_pages: int | None = None,
-    max_num_seqs: int = 8,
-    token_buckets: tuple[int, ...] = DEFAULT_TOKEN_BUCKETS,
-    kv_dtype: torch.dtype | None = None,
-) -> PreTrainedModel:
-    """Give this model paged attention and `generate_batch`; returns the same model.
 
-    page_size      tokens in a page of the cache
-    num_pages      pages in the cache; None: enough for max_num_seqs sequences of
-                   min(max_position_embeddings, 1024) tokens (logged at INFO)
-    max_num_seqs   sequences in one step
-    token_buckets  row counts a step may have, rising; each is compiled once on an XLA device
-    kv_dtype       dtype of the cache: None (the model's), torch.float8_e4m3fn or torch.float8_e5m2
+def patch(model: PreTrainedModel | type[PreTrainedModel], **settings) -> PreTrainedModel | type[PreTrainedModel]:
+    """Give this model, or each model of this class, paged attention and `generate_batch`; returns what it was given.
+
+    settings: the fields of `EngineConfig`, such as page_size=16, num_pages=None, max_num_seqs=8,
+    token_buckets=(8, 64, 256), kv_dtype=None.
 
     Only this model changes (its config becomes a copy of its own, for models may share one), until `unpatch`.
     The cache is allocated at the first use, on the device the model is on then. Patching again replaces the
-    settings.
+    settings. Each model of a patched class is patched when one of the new methods is first called on it.
 
     Raises NotImplementedError, with every reason, for a model that cannot be served; ValueError for a bad
-    setting.
+    setting; TypeError for a setting that does not exist or something that is no model.
     """
-    config = EngineConfig(page_size, num_pages, max_num_seqs, token_buckets, kv_dtype)
+    config = EngineConfig(**settings)
+    if isinstance(model, type) and issubclass(model, PreTrainedModel):
+        unpatch(model)
+        class_patch.patch_class(model, METHODS, partial(patch, **settings))
+        return model
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"torch_rpa.hf.patch: model must be a transformers model or a class of them, got {model!r}")
     reasons = not_supported_reasons(model, config)
     if reasons:
         raise NotImplementedError(f"torch_rpa.hf.patch: {type(model).__name__}: " + "; ".join(reasons))
     unpatch(model)
-    attention.register()
     former_configs = _give_own_config(model)
     try:
-        model.set_attn_implementation(attention.NAME)
+        _set_implementations(model)
     except BaseException:
         _restore_configs(former_configs)
         raise
-    hook = model.register_forward_pre_hook(_check_call, with_kwargs=True)
-    attach(model, PatchState(config, former_configs, model.__dict__.get("generate_batch"), hook))
-    method = partial(generate_batch, model)  # unlike a bound method, it can be pickled
-    method.__doc__ = generate_batch.__doc__
-    model.__dict__["generate_batch"] = method
+    former_methods = {name: model.__dict__[name] for name in METHODS if name in model.__dict__}
+    attach(model, PatchState(config, former_configs, former_methods, _add_hooks(model)))
+    for name, method in METHODS.items():
+        model.__dict__[name] = _bound(method, model)
     return model
 
 
-def unpatch(model: PreTrainedModel) -> PreTrainedModel:
-    """Undo `patch`: the former configs, attention and generate_batch, no cache. A model not patched stays as it is.
+def unpatch(model: PreTrainedModel | type[PreTrainedModel]) -> PreTrainedModel | type[PreTrainedModel]:
+    """Undo `patch`: the former configs, attention and methods, no cache. A model not patched stays as it is.
 
-    Waits for a generate_batch of another thread to end.
+    Waits for a generate_batch of another thread to end. A class takes the models with it that were patched for it.
     """
+    if isinstance(model, type):
+        class_patch.unpatch_class(model, METHODS, unpatch)
+        return model
     if not is_patched(model):
         return model
     with state_of(model).lock:
         state = detach(model)
         _restore_configs(state.former_configs)
-        state.hook.remove()
-        del model.__dict__["generate_batch"]
-        if state.former_generate_batch is not None:
-            model.__dict__["generate_batch"] = state.former_generate_batch
+        for hook in state.hooks:
+            hook.remove()
+        for name in METHODS:
+            del model.__dict__[name]
+        model.__dict__.update(state.former_methods)
     return model
+
+
+def _bound(method, model: PreTrainedModel) -> partial:
+    bound = partial(method, model)  # unlike a bound method, it can be pickled
+    bound.__doc__ = method.__doc__
+    return bound
 
 
 def _give_own_config(model: PreTrainedModel) -> list[tuple[torch.nn.Module, PreTrainedConfig]]:
@@ -92,6 +98,21 @@ def _restore_configs(former_configs: list[tuple[torch.nn.Module, PreTrainedConfi
         module.config = config
 
 
+def _set_implementations(model: PreTrainedModel) -> None:
+    """Paged attention everywhere and, in a mixture of experts, experts with static shapes where it runs on XLA."""
+    attention.register()
+    model.set_attn_implementation(attention.NAME)
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation(experts.register(model.config._experts_implementation))
+
+
+def _add_hooks(model: PreTrainedModel) -> list[RemovableHandle]:
+    """Checks before the model and the models in it (`model.model`), and what keeps the batch on its way."""
+    inner_models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    checks = [inner.register_forward_pre_hook(_check_call, with_kwargs=True) for inner in inner_models]
+    return [*checks, *keywords.add_hooks(model)]
+
+
 def _check_call(model: PreTrainedModel, args: tuple, kwargs: dict) -> None:
     """Before each forward: refuse what would be ignored further down, where transformers drops 2-D masks silently."""
     attention.require_batch(kwargs.get("rpa_batch"))
@@ -99,7 +120,7 @@ def _check_call(model: PreTrainedModel, args: tuple, kwargs: dict) -> None:
     given = {**given, **given.get("kwargs", {})}
     refused = [
         name
-        for name in ("attention_mask", "past_key_values", "labels", "output_attentions")
+        for name in ("attention_mask", "past_key_values", "labels", "output_attentions", "encoder_hidden_states")
         if given.get(name) is not None and given[name] is not False
     ]
     if refused:

@@ -18,15 +18,16 @@ _ATTRIBUTE = "_torch_rpa"
 class PatchState:
     """Lives on the patched model itself, so that there is no global state.
 
-    former_configs         the model's modules, each with the config it had before
-    former_generate_batch  one that the user had put on the model, or None
-    lock                   held while requests run: the engine is not thread-safe
+    former_configs  the model's modules, each with the config it had before
+    former_methods  methods of the engine's names that the user had put on the model
+    hooks           on the model and its modules
+    lock            held while requests run: the engine is not thread-safe
     """
 
     config: EngineConfig
     former_configs: list[tuple[torch.nn.Module, PreTrainedConfig]]
-    former_generate_batch: Callable | None
-    hook: RemovableHandle
+    former_methods: dict[str, Callable]
+    hooks: list[RemovableHandle]
     engine: Engine | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 

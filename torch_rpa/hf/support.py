@@ -1,23 +1,68 @@
 """Which models can be patched, and every reason why one cannot."""
 
+from transformers import PreTrainedModel
+
 from torch_rpa.hf.cache import head_dim_of
 from torch_rpa.hf.config import FP8_DTYPES, EngineConfig
 from torch_rpa.validation import MAX_HEAD_DIM, is_head_dim
 
-# Decoders whose attention is plain causal (or windowed) grouped-query attention with RoPE in every layer.
-SUPPORTED_CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+# Each writes what its eager attention writes: a test compares them (tests/hf/test_hf_families.py), and the README lists
+# them. A class that is not here may do something in its attention that the op does not see.
+SUPPORTED_CLASSES = (
+    "Cohere2ForCausalLM",
+    "GPTBigCodeForCausalLM",
+    "GPTNeoXForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "Gemma3nForCausalLM",
+    "GemmaForCausalLM",
+    "GptOssForCausalLM",
+    "GraniteForCausalLM",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "MixtralForCausalLM",
+    "OPTForCausalLM",
+    "Olmo2ForCausalLM",
+    "Phi3ForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "SmolLM3ForCausalLM",
+    "StableLmForCausalLM",
+)
 # They recompute their frequencies from the longest position in the batch: a sequence's result would depend on
 # its company, and one of them reads the position back to the host.
 BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+PAGED_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
-def not_supported_reasons(model, config: EngineConfig) -> list[str]:
+def not_supported_reasons(model: PreTrainedModel, config: EngineConfig) -> list[str]:
     """All reasons why `model` cannot run with `config`; empty if it can."""
-    if not _is_supported_class(type(model)):
-        return [
-            f"this class is not supported; supported are {', '.join(SUPPORTED_CLASSES)} (SmolLM and SmolLM2 are Llama)"
-        ]
-    return [*_config_reasons(model.config), *_dtype_reasons(model, config), *_device_reasons(model)]
+    reasons = [
+        *class_reasons(type(model)),
+        *_structure_reasons(model.config),
+        *_config_reasons(model.config),
+        *_dtype_reasons(model, config),
+        *_weight_reasons(model),
+    ]
+    return [*reasons, *_supported_hint(type(model))] if reasons else []
+
+
+def class_reasons(model_class: type[PreTrainedModel]) -> list[str]:
+    """What can be said of a class without an instance."""
+    if _is_supported_class(model_class):
+        return []
+    reasons = []
+    if not model_class.can_generate():
+        reasons.append("it has no language model head that generates: it is an encoder, a base model or a classifier")
+    if not model_class._can_set_attn_implementation():
+        reasons.append("its attention does not go through transformers' AttentionInterface")
+    return reasons or ["this class has not been checked against transformers' own attention"]
+
+
+def _supported_hint(model_class: type) -> list[str]:
+    return [] if _is_supported_class(model_class) else [f"supported are {', '.join(SUPPORTED_CLASSES)}"]
 
 
 def _is_supported_class(model_class: type) -> bool:
@@ -27,22 +72,46 @@ def _is_supported_class(model_class: type) -> bool:
     )
 
 
-def _config_reasons(config) -> list[str]:
+def _structure_reasons(config) -> list[str]:
+    """What the op cannot compute, whichever class has it."""
     reasons = []
-    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
-    if rope_type in BATCH_DEPENDENT_ROPE:
-        reasons.append(f"{rope_type=} scales with the longest sequence of the batch")
-    if not getattr(config, "is_causal", True):
-        reasons.append("config.is_causal is False; only causal attention is supported")
-    if config.output_attentions:
-        reasons.append("config.output_attentions is True, but the probabilities are never materialised")
-    head_dim = head_dim_of(config)
-    if not is_head_dim(head_dim):
-        reasons.append(f"{head_dim=} is not a multiple of 8 up to {MAX_HEAD_DIM}")
+    if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
+        reasons.append("cross attention: its keys belong to another sequence, which pages of this one do not hold")
+    if getattr(config, "alibi", False):
+        reasons.append("alibi=True: a bias on the scores, which the op does not add")
+    if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
+        reasons.append("a custom mask: its tokens see later ones, only causal attention is supported")
+    v_head_dim = getattr(config, "v_head_dim", None)
+    qk_head_dim = getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None)
+    if v_head_dim is not None and v_head_dim != qk_head_dim:
+        reasons.append(f"{v_head_dim=} is not the head size of queries and keys, {qk_head_dim}")
+    other_types = sorted(set(getattr(config, "layer_types", None) or ()).difference(PAGED_LAYER_TYPES))
+    if other_types:
+        reasons.append(f"layers of type {', '.join(other_types)}; only {' and '.join(PAGED_LAYER_TYPES)} have pages")
     return reasons
 
 
-def _dtype_reasons(model, config: EngineConfig) -> list[str]:
+def _config_reasons(config) -> list[str]:
+    reasons = []
+    for rope_type in sorted(_rope_types(getattr(config, "rope_parameters", None) or {})):
+        if any(kind in rope_type for kind in BATCH_DEPENDENT_ROPE):
+            reasons.append(f"{rope_type=} scales with the longest sequence of the batch")
+    if config.output_attentions:
+        reasons.append("config.output_attentions is True, but the probabilities are never materialised")
+    if getattr(config, "num_attention_heads", None):
+        head_dim = head_dim_of(config)
+        if not is_head_dim(head_dim):
+            reasons.append(f"{head_dim=} is not a multiple of 8 up to {MAX_HEAD_DIM}")
+    return reasons
+
+
+def _rope_types(rope_parameters: dict) -> set[str]:
+    """The kinds of RoPE in a config: one for the model, or one for each layer type (Gemma3)."""
+    of_layer_types = [value for value in rope_parameters.values() if isinstance(value, dict)]
+    return {parameters.get("rope_type", "default") for parameters in of_layer_types or [rope_parameters]}
+
+
+def _dtype_reasons(model: PreTrainedModel, config: EngineConfig) -> list[str]:
     reasons = []
     if config.kv_dtype not in (None, model.dtype, *FP8_DTYPES):
         reasons.append(
@@ -52,10 +121,13 @@ def _dtype_reasons(model, config: EngineConfig) -> list[str]:
     return reasons
 
 
-def _device_reasons(model) -> list[str]:
+def _weight_reasons(model: PreTrainedModel) -> list[str]:
+    reasons = []
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(devices) > 1:
-        return [f"its parameters are on several devices ({', '.join(devices)}); one is needed"]
-    if model.device.type == "meta":
-        return ["it is on the meta device, it has no weights"]
-    return []
+        reasons.append(f"its parameters are on several devices ({', '.join(devices)}); one is needed")
+    elif model.device.type == "meta":
+        reasons.append("it is on the meta device, it has no weights")
+    if any(getattr(module, "_is_expert_parallel", False) for module in model.modules()):
+        reasons.append("its experts are spread over several processes")
+    return reasons
