@@ -21,7 +21,7 @@ INSTALL_STAMP := $(VENV)/.stamp-torch_rpa
 NATIVE_SOURCES := $(wildcard csrc_stub/*.cpp csrc_stub/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format bench compile-matrix clean distclean
+.PHONY: help venv demo test lint format bench family-table compile-matrix clean distclean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -53,6 +53,9 @@ bench: $(INSTALL_STAMP) ## run every benchmark in benchmarks/
 	  echo "== $$file"; \
 	  $(BIN)/python -m "benchmarks.$$(basename "$$file" .py)" $(ARGS) || exit 1; \
 	done
+
+family-table: $(INSTALL_STAMP) ## write the README's table of models from the tests' families
+	@$(BIN)/python tests/hf/family_table.py
 
 compile-matrix: $(INSTALL_STAMP) ## compile the TPU kernel for every chip, model and dtype: 2 hours; goes on where it stopped
 	@$(BIN)/python -m benchmarks.compile_matrix $(ARGS)

@@ -25,20 +25,31 @@ _SIZES = {
 }
 _EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 _WINDOW_THEN_FULL = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+_NO_ROPE_SCALING = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
 _FIVE_WINDOWS_THEN_FULL = {
-    "sliding_window": 6,
     "num_hidden_layers": 6,
+    "sliding_window": 6,
     "layer_types": [*["sliding_attention"] * 5, "full_attention"],
+}
+_TWO_LAYERS_SHARE = {
+    "num_hidden_layers": 4,
+    "sliding_window": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
 }
 
 
 @dataclass(frozen=True)
 class Family:
-    """A transformers class, the name its users know it by, and what its tiny config has beyond the common sizes."""
+    """A transformers class, the name its users know it by, and what its tiny config has beyond the common sizes.
+
+    seed: of the weights, chosen so that no greedy token of the tests is a close call.
+    """
 
     title: str
     model_class: str
     changes: dict = field(default_factory=dict)
+    seed: int = 0
 
     @property
     def model_type(self) -> type:
@@ -53,36 +64,45 @@ class Family:
 
 
 FAMILIES = {
-    "llama": Family("Llama, SmolLM2", "LlamaForCausalLM"),
+    "llama": Family("Llama", "LlamaForCausalLM"),
     "llama-mha-rope-scaled": Family(
-        "Llama with scaled RoPE",
+        "Llama, scaled RoPE",
         "LlamaForCausalLM",
         {"num_key_value_heads": 4, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
     ),
+    "smollm2": Family(
+        "SmolLM2",
+        "LlamaForCausalLM",
+        {"hidden_size": 96, "num_attention_heads": 6, "tie_word_embeddings": True},
+        seed=1,
+    ),
     "smollm3": Family("SmolLM3", "SmolLM3ForCausalLM", {"no_rope_layers": [1, 0]}),
     "mistral-window": Family("Mistral", "MistralForCausalLM", {"sliding_window": 5}),
+    "ministral": Family("Ministral", "MinistralForCausalLM", _WINDOW_THEN_FULL),
     "mixtral": Family("Mixtral", "MixtralForCausalLM"),
-    "qwen2": Family("Qwen2", "Qwen2ForCausalLM"),
+    "qwen2": Family("Qwen2, Qwen2.5", "Qwen2ForCausalLM"),
     "qwen2-window-in-one-layer": Family(
-        "Qwen2 with a window", "Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
+        "Qwen2, windowed",
+        "Qwen2ForCausalLM",
+        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
     ),
-    "qwen2-moe": Family("Qwen2-MoE", "Qwen2MoeForCausalLM", {"shared_expert_intermediate_size": 32}),
+    "qwen2-moe": Family("Qwen2-MoE", "Qwen2MoeForCausalLM", {"shared_expert_intermediate_size": 32}, seed=1),
     "qwen3": Family("Qwen3", "Qwen3ForCausalLM", {"head_dim": 32}),
-    "qwen3-moe": Family("Qwen3-MoE", "Qwen3MoeForCausalLM", {"norm_topk_prob": True}),
-    "phi3": Family("Phi3", "Phi3ForCausalLM", {"sliding_window": 6}),
+    "qwen3-moe": Family("Qwen3-MoE", "Qwen3MoeForCausalLM", {"norm_topk_prob": True}, seed=1),
+    "phi": Family("Phi-1, Phi-2", "PhiForCausalLM", seed=1),
+    "phi3": Family("Phi-3, Phi-4", "Phi3ForCausalLM", {"sliding_window": 6}, seed=1),
     "gemma": Family("Gemma", "GemmaForCausalLM", {"num_key_value_heads": 1}),
     "gemma2": Family(
-        "Gemma2", "Gemma2ForCausalLM", {**_WINDOW_THEN_FULL, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 5}
+        "Gemma2",
+        "Gemma2ForCausalLM",
+        {**_WINDOW_THEN_FULL, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 128},
     ),
-    "gemma3": Family("Gemma3", "Gemma3ForCausalLM", {**_FIVE_WINDOWS_THEN_FULL, "query_pre_attn_scalar": 5}),
+    "gemma3": Family("Gemma3, text", "Gemma3ForCausalLM", {**_FIVE_WINDOWS_THEN_FULL, "query_pre_attn_scalar": 64}),
     "gemma3n": Family(
-        "Gemma3n",
+        "Gemma3n, text",
         "Gemma3nForCausalLM",
         {
-            "num_hidden_layers": 4,
-            "sliding_window": 6,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-            "num_kv_shared_layers": 2,
+            **_TWO_LAYERS_SHARE,
             "vocab_size_per_layer_input": VOCAB_SIZE,
             "hidden_size_per_layer_input": 8,
             "laurel_rank": 8,
@@ -90,13 +110,28 @@ FAMILIES = {
         },
     ),
     "granite": Family("Granite", "GraniteForCausalLM", {"attention_multiplier": 0.4, "residual_multiplier": 0.8}),
-    "olmo2": Family("OLMo2", "Olmo2ForCausalLM"),
-    "cohere2": Family("Cohere2", "Cohere2ForCausalLM", _WINDOW_THEN_FULL),
-    "gpt-oss": Family("GPT-OSS", "GptOssForCausalLM", _WINDOW_THEN_FULL),
-    "gpt-neox": Family("GPT-NeoX", "GPTNeoXForCausalLM"),
-    "opt": Family("OPT", "OPTForCausalLM", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "granite-moe": Family("Granite-MoE", "GraniteMoeForCausalLM", {"attention_multiplier": 0.4}, seed=2),
+    "olmo": Family("OLMo", "OlmoForCausalLM"),
+    "olmo2": Family("OLMo2", "Olmo2ForCausalLM", seed=1),
+    "olmo3": Family("OLMo3", "Olmo3ForCausalLM", _WINDOW_THEN_FULL),
+    "olmoe": Family("OLMoE", "OlmoeForCausalLM"),
+    "cohere": Family("Command R", "CohereForCausalLM", {"logit_scale": 1.0}),
+    "cohere2": Family("Command A, R7B", "Cohere2ForCausalLM", {**_WINDOW_THEN_FULL, "logit_scale": 1.0}, seed=2),
+    "gpt-oss": Family("GPT-OSS", "GptOssForCausalLM", {**_WINDOW_THEN_FULL, **_NO_ROPE_SCALING}, seed=1),
+    "glm": Family("GLM-4 9B", "GlmForCausalLM"),
+    "glm4": Family("GLM-4 0414", "Glm4ForCausalLM"),
+    "seed-oss": Family("Seed-OSS", "SeedOssForCausalLM"),
+    "ernie4.5": Family("ERNIE 4.5", "Ernie4_5ForCausalLM"),
+    "hunyuan": Family("HunYuan, dense", "HunYuanDenseV1ForCausalLM"),
+    "exaone4": Family("EXAONE 4", "Exaone4ForCausalLM", _WINDOW_THEN_FULL, seed=1),
+    "helium": Family("Helium", "HeliumForCausalLM"),
+    "arcee": Family("Arcee", "ArceeForCausalLM"),
+    "starcoder2": Family("StarCoder2", "Starcoder2ForCausalLM", {"sliding_window": 6}, seed=1),
+    "gpt-bigcode": Family("StarCoder", "GPTBigCodeForCausalLM", {"multi_query": True}),
     "stablelm": Family("StableLM", "StableLmForCausalLM", {"num_key_value_heads": 1}),
-    "gpt-bigcode": Family("StarCoder (GPT-BigCode)", "GPTBigCodeForCausalLM", {"multi_query": True}),
+    "gpt-neox": Family("GPT-NeoX, Pythia", "GPTNeoXForCausalLM"),
+    "opt": Family("OPT", "OPTForCausalLM", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "gpt2": Family("GPT-2", "GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True}),
 }
 
 
@@ -104,9 +139,9 @@ def make_config(family: str = "llama", **changes):
     return FAMILIES[family].config(**changes)
 
 
-def make_model(family: str = "llama", *, seed: int = 0, **changes):
+def make_model(family: str = "llama", **changes):
     """A model on the CPU in eval mode, the same for the same arguments."""
-    torch.manual_seed(seed)
+    torch.manual_seed(FAMILIES[family].seed)
     return FAMILIES[family].model_type(make_config(family, **changes)).eval()
 
 
@@ -135,3 +170,19 @@ def plain_greedy(model, prompts: list[list[int]], max_new_tokens: int, **kwargs)
 
 def tokens(outputs: dict) -> list[list[int]]:
     return [output.generated_tokens for output in outputs.values()]
+
+
+def smallest_lead(model, prompts: list[list[int]], answers: list[list[int]]) -> float:
+    """By how much the logit of an answer's token leads the next best one, at the closest call of all; below zero if
+    a token is not the greedy one. One plain eager forward over each prompt and its answer."""
+    former = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    leads = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + answer[:-1]]), use_cache=False).logits[0, len(prompt) - 1 :]
+        chosen = torch.tensor(answer)[:, None]
+        others = logits.scatter(1, chosen, -torch.inf).max(1).values
+        leads.append((logits.gather(1, chosen)[:, 0] - others).min().item())
+    model.set_attn_implementation(former)
+    return min(leads)

@@ -1,0 +1,113 @@
+"""The README's table of models: what each family's attention layers ask for, recorded from its tiny model.
+
+`python tests/hf/family_table.py` writes it between the markers in README.md.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from tiny_models import FAMILIES, make_model
+from transformers import AttentionInterface
+
+from torch_rpa.hf.cache import kv_source_layers
+
+README = Path(__file__).parents[2] / "README.md"
+BEGIN, END = "<!-- families: `make family-table` writes this -->\n", "<!-- families end -->\n"
+_RECORDER = "torch_rpa_test_recorder"
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What one layer asked its attention for."""
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scaling: float
+    sliding_window: int | None
+    softcap: float | None
+    sinks: bool
+
+    @property
+    def has_own_scaling(self) -> bool:
+        return abs(self.scaling - self.head_dim**-0.5) > 1e-6
+
+
+@cache
+def attention_calls(family: str) -> list[AttentionCall]:
+    """One for each layer of the family's tiny model, from a forward of the plain model."""
+    calls = []
+
+    def record(module, query, key, value, attention_mask, scaling, sliding_window=None, softcap=None, s_aux=None, **_):
+        _, num_q_heads, num_tokens, head_dim = query.shape
+        calls.append(
+            AttentionCall(num_q_heads, key.shape[1], head_dim, scaling, sliding_window, softcap, s_aux is not None)
+        )
+        return query.new_zeros(1, num_tokens, num_q_heads, head_dim), None
+
+    AttentionInterface.register(_RECORDER, record)
+    model = make_model(family)
+    model.set_attn_implementation(_RECORDER)
+    model(torch.tensor([[1, 2, 3]]), use_cache=False)
+    return calls
+
+
+def options_that_matter(family: str) -> list[str]:
+    """The attention's options that differ from a plain layer's, by the keyword that carries them."""
+    calls = attention_calls(family)
+    has = {
+        "sliding_window": any(call.sliding_window is not None for call in calls),
+        "softcap": any(call.softcap is not None for call in calls),
+        "s_aux": any(call.sinks for call in calls),
+        "scaling": any(call.has_own_scaling for call in calls),
+    }
+    return [name for name, is_there in has.items() if is_there]
+
+
+def table() -> str:
+    header = "| model | class in transformers | heads | window | and |\n|---|---|---|---|---|\n"
+    return header + "".join(_row(family) for family in FAMILIES)
+
+
+def _row(family: str) -> str:
+    one = FAMILIES[family]
+    cells = [one.title, f"`{one.model_class}`", _heads(family), _windows(family), ", ".join(_extras(family))]
+    return "| " + " | ".join(cells) + " |\n"
+
+
+def _heads(family: str) -> str:
+    call = attention_calls(family)[0]
+    if call.num_kv_heads == call.num_q_heads:
+        return "multi-head"
+    return "multi-query" if call.num_kv_heads == 1 else "grouped"
+
+
+def _windows(family: str) -> str:
+    windowed = [call.sliding_window is not None for call in attention_calls(family)]
+    if all(windowed):
+        return "all layers"
+    return f"{sum(windowed)} of {len(windowed)} layers" if any(windowed) else ""
+
+
+def _extras(family: str) -> list[str]:
+    names = {"softcap": "soft cap", "s_aux": "sinks", "scaling": "own scaling"}
+    extras = [names[option] for option in options_that_matter(family) if option in names]
+    config = FAMILIES[family].config()
+    if kv_source_layers(config) != list(range(config.num_hidden_layers)):
+        extras.append("layers that share keys and values")
+    if FAMILIES[family].model_type._can_set_experts_implementation():
+        extras.append("experts")
+    return extras
+
+
+def readme_with_table(readme: str) -> str:
+    """The README's text with the table as it should be."""
+    before, rest = readme.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}{table()}{END}{after}"
+
+
+if __name__ == "__main__":
+    README.write_text(readme_with_table(README.read_text()))
