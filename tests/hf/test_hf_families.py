@@ -77,7 +77,7 @@ def test_answers_depend_on_the_first_of_40_tokens_unless_all_layers_are_windowed
 def replace_attention():
     """replace_attention(function): patched models attend with it, until the end of the test."""
     yield lambda function: AttentionInterface.register(attention.NAME, function)
-    attention.register()
+    AttentionInterface.register(attention.NAME, attention.paged_attention)
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,16 @@
 import copy
 import inspect
 import pickle
+import subprocess
+import sys
 import threading
 import time
+from pprint import pformat
 
 import pytest
 import torch
-from tiny_models import make_config, make_model, make_prompts, plain_greedy, tokens
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, LlamaForSequenceClassification
+from tiny_models import FAMILIES, make_config, make_model, make_prompts, plain_greedy, tokens
+from transformers import LlamaForCausalLM, MistralForCausalLM
 
 from torch_rpa import hf
 from torch_rpa.hf.state import engine_of
@@ -57,6 +60,22 @@ def test_a_patched_model_can_be_pickled():
     expected = tokens(model.generate_batch(prompts, max_new_tokens=3))
     loaded = pickle.loads(pickle.dumps(model))
     assert tokens(loaded.generate_batch(prompts, max_new_tokens=3)) == expected
+
+
+@pytest.mark.parametrize("family", ["mixtral", "stablelm"])
+def test_a_pickled_patched_model_runs_in_another_process(family, tmp_path):
+    model, prompts = hf.patch(make_model(family)), make_prompts(5, 9)
+    expected = tokens(model.generate_batch(prompts, max_new_tokens=3))
+    (tmp_path / "model").write_bytes(pickle.dumps(model))
+    code = f"""
+import pickle, sys
+with open(sys.argv[1], "rb") as file:
+    model = pickle.load(file)
+outputs = model.generate_batch({prompts}, max_new_tokens=3)
+print([output.generated_tokens for output in outputs.values()])
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "model")]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == f"{expected}\n"
 
 
 def test_another_attention_put_on_a_patched_model_is_an_error():
@@ -117,6 +136,85 @@ def test_patching_again_replaces_the_settings():
     assert not model._forward_pre_hooks
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt-oss", "stablelm", "gemma3n", "gpt2"])
+def test_unpatch_restores_every_module_of_every_kind_of_model(family):
+    def state(model):
+        return [
+            {name: value for name, value in vars(module).items() if name not in ("_parameters", "_buffers", "_modules")}
+            for module in model.modules()
+        ]
+
+    model, prompts = make_model(family), make_prompts(5, 9)
+    before = copy.deepcopy(state(model))
+    configs = [id(module.config) for module in model.modules() if hasattr(module, "config")]
+    for _ in range(2):  # patched twice, unpatched once
+        hf.patch(model, page_size=8)
+        model.generate_batch(prompts, max_new_tokens=3)
+    hf.unpatch(model)
+    assert pformat(state(model)) == pformat(before)  # which sorts sets
+    assert [id(module.config) for module in model.modules() if hasattr(module, "config")] == configs
+
+
+# ---- A class ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def patched_class():
+    yield hf.patch(MistralForCausalLM, page_size=8, max_num_seqs=2, token_buckets=(16,))
+    hf.unpatch(MistralForCausalLM)
+
+
+def test_models_of_a_patched_class_are_patched_at_their_first_use(patched_class):
+    before, prompts = make_model("mistral-window"), make_prompts(5, 20)
+    expected = plain_greedy(before, prompts, 4)
+    model = make_model("mistral-window")
+    assert model.config._attn_implementation != "torch_rpa"
+    assert tokens(model.generate_batch(prompts, max_new_tokens=4)) == expected
+    assert engine_of(model).config.page_size == 8
+    assert tokens(before.generate_batch(prompts, max_new_tokens=4)) == expected
+
+
+def test_a_patched_class_leaves_others_alone(patched_class):
+    other = make_model()
+    assert "generate_batch" not in vars(LlamaForCausalLM)
+    assert other.generate_batch.__func__ is LlamaForCausalLM.generate_batch
+    assert LlamaForCausalLM.generate_batch is not MistralForCausalLM.generate_batch
+
+
+def test_unpatch_of_a_class_takes_its_models_with_it():
+    attributes = dict(vars(MistralForCausalLM))
+    assert hf.patch(hf.patch(MistralForCausalLM), page_size=32) is MistralForCausalLM
+    used, own = make_model("mistral-window"), hf.patch(make_model("mistral-window"))
+    used.generate_batch(make_prompts(3), max_new_tokens=2)
+    assert engine_of(used).config.page_size == 32
+    assert hf.unpatch(MistralForCausalLM) is MistralForCausalLM
+    assert dict(vars(MistralForCausalLM)) == attributes
+    assert used.config._attn_implementation != "torch_rpa"
+    assert "generate_batch" not in vars(used)
+    assert own.config._attn_implementation == "torch_rpa"
+
+
+def test_a_models_own_settings_go_before_its_classes(patched_class):
+    model = hf.patch(make_model("mistral-window"), page_size=64)
+    model.generate_batch(make_prompts(3), max_new_tokens=2)
+    assert engine_of(model).config.page_size == 64
+
+
+def test_a_config_that_a_class_cannot_know_is_refused_at_the_first_use(patched_class):
+    model = make_model("mistral-window", head_dim=12)
+    with pytest.raises(NotImplementedError, match="MistralForCausalLM: head_dim=12"):
+        model.generate_batch(make_prompts(3), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("what", [MistralForCausalLM, None])
+def test_a_bad_setting_is_refused_for_a_class_too(what):
+    with pytest.raises(ValueError, match="page_size=12"):
+        hf.patch(what or make_model(), page_size=12)
+    with pytest.raises(TypeError, match="pages_size"):
+        hf.patch(what or make_model(), pages_size=16)
+    assert "generate_batch" not in vars(MistralForCausalLM)
+
+
 def test_two_patched_models_and_a_plain_one_side_by_side():
     """All three share one config object, as models built from it directly do."""
     config, prompts = make_config(), make_prompts(5, 12)
@@ -145,10 +243,11 @@ def test_deep_copy_of_a_patched_model_stands_alone():
     assert plain_greedy(hf.unpatch(clone), prompts, 4) == expected
 
 
-def test_saved_config_does_not_mention_the_patch(tmp_path):
-    model = hf.patch(make_model())
-    model.save_pretrained(tmp_path)
-    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_saved_config_does_not_mention_the_patch(family, tmp_path):
+    hf.patch(make_model(family)).save_pretrained(tmp_path)
+    assert "torch_rpa" not in (tmp_path / "config.json").read_text()
+    loaded = FAMILIES[family].model_type.from_pretrained(tmp_path)
     assert loaded.config._attn_implementation != "torch_rpa"
 
 
@@ -189,18 +288,39 @@ def test_call_without_batch_metadata_is_an_error(method):
         call(torch.tensor([[1, 2, 3]]))
 
 
+LEFT_PADDING = torch.tensor([[0, 1, 1]])
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("attention_mask", torch.tensor([[0, 1, 1]])),
+        ("attention_mask", LEFT_PADDING),
         ("attention_mask", torch.zeros(1, 1, 3, 3)),
+        ("attention_mask", {"full_attention": torch.zeros(1, 1, 3, 3)}),
         ("output_attentions", True),
         ("labels", torch.tensor([[1, 2, 3]])),
+        ("encoder_hidden_states", torch.zeros(1, 3, 64)),
+        ("is_causal", False),
+        ("head_mask", torch.ones(4)),
+        ("a_keyword_of_some_other_attention", 1),
     ],
 )
-def test_what_the_op_cannot_honour_is_refused_not_ignored(name, value):
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])
+def test_what_the_op_cannot_honour_is_refused_not_ignored(family, name, value):
     with pytest.raises(NotImplementedError, match=name):
-        call_with_batch(hf.patch(make_model()), **{name: value})
+        call_with_batch(hf.patch(make_model(family)), **{name: value})
+
+
+def test_the_model_inside_refuses_a_mask_too():
+    model = hf.patch(make_model())
+    with pytest.raises(NotImplementedError, match="attention_mask"):
+        model.model(torch.tensor([[1, 2, 3]]), attention_mask=LEFT_PADDING, rpa_batch=object())
+
+
+def test_what_does_not_concern_the_attention_is_taken():
+    outputs = call_with_batch(hf.patch(make_model("mixtral")), output_hidden_states=True, output_router_logits=True)
+    assert len(outputs.hidden_states) == 3
+    assert len(outputs.router_logits) == 2
 
 
 def test_attention_refuses_dropout_and_several_rows():
@@ -209,19 +329,6 @@ def test_attention_refuses_dropout_and_several_rows():
     q, kv = torch.zeros(2, 4, 3, 16), torch.zeros(2, 2, 5, 16)
     with pytest.raises(NotImplementedError, match=r"not 2 rows; 5 keys for 3 queries.*; dropout=0\.5 is for training"):
         paged_attention(torch.nn.Module(), q, kv, kv, None, 1.0, dropout=0.5, rpa_batch=object())
-
-
-@pytest.mark.parametrize(
-    "model_class_and_config",
-    [
-        (GPT2LMHeadModel, GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=16)),
-        (LlamaForSequenceClassification, make_config()),
-    ],
-)
-def test_unsupported_class_is_refused_by_name(model_class_and_config):
-    model_class, config = model_class_and_config
-    with pytest.raises(NotImplementedError, match=rf"{model_class.__name__}: .*LlamaForCausalLM, MistralForCausalLM"):
-        hf.patch(model_class(config))
 
 
 def test_all_reasons_are_listed_at_once():

@@ -94,6 +94,5 @@ def _not_supported_reasons(query, key, attention_mask, dropout: float, kwargs: d
     return reasons
 
 
-def register() -> None:
-    """Make `paged_attention` known to transformers under NAME. Registering again changes nothing."""
-    AttentionInterface.register(NAME, paged_attention)
+# At import, so that a patched model finds it that was pickled in another process.
+AttentionInterface.register(NAME, paged_attention)

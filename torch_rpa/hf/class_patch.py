@@ -9,7 +9,7 @@ from weakref import WeakSet
 from transformers import PreTrainedModel
 
 from torch_rpa.hf.state import is_patched
-from torch_rpa.hf.support import class_reasons
+from torch_rpa.hf.support import require_supported_class
 
 _ATTRIBUTE = "_torch_rpa_class"
 
@@ -28,9 +28,7 @@ def patch_class(model_class: type, methods: dict[str, Callable], patch_model: Ca
 
     `patch_model` refuses, at that call, what only the model's config shows.
     """
-    reasons = class_reasons(model_class)
-    if reasons:
-        raise NotImplementedError(f"torch_rpa.hf.patch: {model_class.__name__}: " + "; ".join(reasons))
+    require_supported_class(model_class)
     state = ClassPatch({name: vars(model_class)[name] for name in methods if name in vars(model_class)})
     setattr(model_class, _ATTRIBUTE, state)
     for name, method in methods.items():

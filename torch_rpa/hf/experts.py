@@ -32,7 +32,7 @@ def all_experts(
     top_k_index: torch.Tensor,  # [num_tokens, top_k]
     top_k_weights: torch.Tensor,  # as top_k_index
 ) -> torch.Tensor:
-    """The same sum over each row's top_k experts as transformers', as [num_tokens, hidden_size] in the input's dtype."""
+    """The sum over each row's top_k experts, as transformers' have it: [num_tokens, hidden_size], the input's dtype."""
     num_tokens, num_experts = len(hidden_states), module.num_experts
     weights = hidden_states.new_zeros(num_tokens, num_experts, dtype=torch.float32)
     weights = weights.scatter(1, top_k_index, top_k_weights.float())
@@ -47,3 +47,8 @@ def _linear(module: torch.nn.Module, name: str, rows: torch.Tensor) -> torch.Ten
     weight = getattr(module, name)
     out = torch.bmm(rows, weight if module.is_transposed else weight.mT)
     return out + getattr(module, f"{name}_bias")[:, None] if module.has_bias else out
+
+
+# At import, so that a patched model finds them that was pickled in another process.
+for _former in ("eager", *list(ALL_EXPERTS_FUNCTIONS)):
+    register(_former)

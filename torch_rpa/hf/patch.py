@@ -12,7 +12,7 @@ from torch_rpa.hf import attention, class_patch, experts, keywords
 from torch_rpa.hf.config import EngineConfig
 from torch_rpa.hf.generate import generate_batch
 from torch_rpa.hf.state import PatchState, attach, detach, is_patched, state_of
-from torch_rpa.hf.support import not_supported_reasons
+from torch_rpa.hf.support import require_supported_model
 
 # What a patched model has instead of transformers' methods of these names; each takes the model first.
 METHODS = {"generate_batch": generate_batch}
@@ -38,9 +38,7 @@ def patch(model: PreTrainedModel | type[PreTrainedModel], **settings) -> PreTrai
         return model
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"torch_rpa.hf.patch: model must be a transformers model or a class of them, got {model!r}")
-    reasons = not_supported_reasons(model, config)
-    if reasons:
-        raise NotImplementedError(f"torch_rpa.hf.patch: {type(model).__name__}: " + "; ".join(reasons))
+    require_supported_model(model, config)
     unpatch(model)
     former_configs = _give_own_config(model)
     try:
@@ -100,7 +98,6 @@ def _restore_configs(former_configs: list[tuple[torch.nn.Module, PreTrainedConfi
 
 def _set_implementations(model: PreTrainedModel) -> None:
     """Paged attention everywhere and, in a mixture of experts, experts with static shapes where it runs on XLA."""
-    attention.register()
     model.set_attn_implementation(attention.NAME)
     if model._can_set_experts_implementation():
         model.set_experts_implementation(experts.register(model.config._experts_implementation))

@@ -54,32 +54,41 @@ BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 PAGED_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
-def not_supported_reasons(model: PreTrainedModel, config: EngineConfig) -> list[str]:
-    """All reasons why `model` cannot run with `config`; empty if it can."""
+def require_supported_model(model: PreTrainedModel, config: EngineConfig) -> None:
+    """Raise NotImplementedError, with every reason, for a model that cannot run with `config`."""
     reasons = [
-        *class_reasons(type(model)),
-        *_structure_reasons(model.config),
+        *_class_reasons(type(model)),
         *_config_reasons(model.config),
         *_dtype_reasons(model, config),
         *_weight_reasons(model),
     ]
-    return [*reasons, *_supported_hint(type(model))] if reasons else []
+    if _is_supported_class(type(model)):
+        reasons += _head_dim_reasons(model.config)
+    _refuse(type(model), reasons)
 
 
-def class_reasons(model_class: type[PreTrainedModel]) -> list[str]:
-    """What can be said of a class without an instance."""
-    if _is_supported_class(model_class):
-        return []
+def require_supported_class(model_class: type[PreTrainedModel]) -> None:
+    """Raise NotImplementedError for a class that is not supported, with what can be said without a config."""
+    _refuse(model_class, _class_reasons(model_class))
+
+
+def _refuse(model_class: type, reasons: list[str]) -> None:
+    if not _is_supported_class(model_class):
+        reasons = reasons or ["this class has not been compared with transformers' own attention"]
+        reasons = [*reasons, f"supported are {', '.join(SUPPORTED_CLASSES)}"]
+    if reasons:
+        raise NotImplementedError(f"torch_rpa.hf.patch: {model_class.__name__}: {'; '.join(reasons)}")
+
+
+def _class_reasons(model_class: type[PreTrainedModel]) -> list[str]:
     reasons = []
+    if _is_supported_class(model_class):
+        return reasons
     if not model_class.can_generate():
         reasons.append("it has no language model head that generates: it is an encoder, a base model or a classifier")
     if not model_class._can_set_attn_implementation():
         reasons.append("its attention does not go through transformers' AttentionInterface")
-    return reasons or ["this class has not been checked against transformers' own attention"]
-
-
-def _supported_hint(model_class: type) -> list[str]:
-    return [] if _is_supported_class(model_class) else [f"supported are {', '.join(SUPPORTED_CLASSES)}"]
+    return reasons
 
 
 def _is_supported_class(model_class: type) -> bool:
@@ -89,37 +98,45 @@ def _is_supported_class(model_class: type) -> bool:
     )
 
 
-def _structure_reasons(config) -> list[str]:
-    """What the op cannot compute, whichever class has it."""
+def _config_reasons(config) -> list[str]:
+    """What the op cannot compute, whichever class asks for it."""
+    if config.is_heterogeneous:  # reading what differs raises
+        return [f"its layers differ in {', '.join(sorted(config.per_layer_attributes))}; their pages must be alike"]
+    return [*_attention_reasons(config), *_position_reasons(config)]
+
+
+def _attention_reasons(config) -> list[str]:
     reasons = []
     if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
         reasons.append("cross attention: its keys belong to another sequence, which pages of this one do not hold")
-    if getattr(config, "alibi", False):
-        reasons.append("alibi=True: a bias on the scores, which the op does not add")
     if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
-        reasons.append("a custom mask: its tokens see later ones, only causal attention is supported")
-    v_head_dim = getattr(config, "v_head_dim", None)
-    qk_head_dim = getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None)
-    if v_head_dim is not None and v_head_dim != qk_head_dim:
-        reasons.append(f"{v_head_dim=} is not the head size of queries and keys, {qk_head_dim}")
+        reasons.append("a custom mask: its tokens see later ones, and only causal attention is supported")
+    if config.output_attentions:
+        reasons.append("config.output_attentions is True, but the probabilities are never materialised")
+    v_head_dim, qk_head_dim = getattr(config, "v_head_dim", None), getattr(config, "qk_head_dim", None)
+    if v_head_dim != qk_head_dim:
+        reasons.append(f"{v_head_dim=} is not the head size of queries and keys, {qk_head_dim=}")
     other_types = sorted(set(getattr(config, "layer_types", None) or ()).difference(PAGED_LAYER_TYPES))
     if other_types:
         reasons.append(f"layers of type {', '.join(other_types)}; only {' and '.join(PAGED_LAYER_TYPES)} have pages")
     return reasons
 
 
-def _config_reasons(config) -> list[str]:
+def _position_reasons(config) -> list[str]:
     reasons = []
+    if getattr(config, "alibi", False):
+        reasons.append("alibi=True: a bias on the scores, which the op does not add")
     for rope_type in sorted(_rope_types(getattr(config, "rope_parameters", None) or {})):
         if any(kind in rope_type for kind in BATCH_DEPENDENT_ROPE):
             reasons.append(f"{rope_type=} scales with the longest sequence of the batch")
-    if config.output_attentions:
-        reasons.append("config.output_attentions is True, but the probabilities are never materialised")
-    if getattr(config, "num_attention_heads", None):
-        head_dim = head_dim_of(config)
-        if not is_head_dim(head_dim):
-            reasons.append(f"{head_dim=} is not a multiple of 8 up to {MAX_HEAD_DIM}")
     return reasons
+
+
+def _head_dim_reasons(config) -> list[str]:
+    if config.is_heterogeneous:
+        return []
+    head_dim = head_dim_of(config)
+    return [] if is_head_dim(head_dim) else [f"{head_dim=} is not a multiple of 8 up to {MAX_HEAD_DIM}"]
 
 
 def _rope_types(rope_parameters: dict) -> set[str]:
