@@ -59,6 +59,16 @@ def test_phi3_with_long_rope_is_refused():
         hf.patch(model)
 
 
+def test_weights_that_are_elsewhere_are_refused():
+    with pytest.raises(NotImplementedError, match="LlamaForCausalLM: it is on the meta device, it has no weights"):
+        hf.patch(make_model().to("meta"))
+    model = make_model("mixtral")
+    model.lm_head.to("meta")
+    model.model.layers[0].mlp.experts._is_expert_parallel = True
+    with pytest.raises(NotImplementedError, match=r"several devices \(cpu, meta\).*experts are spread over several"):
+        hf.patch(model)
+
+
 @pytest.mark.parametrize("name", ["NemotronForCausalLM", "FalconForCausalLM", "LlamaModel", "PreTrainedModel"])
 def test_a_class_is_refused_as_its_models_are(name):
     import transformers

@@ -62,19 +62,18 @@ def test_a_patched_model_can_be_pickled():
     assert tokens(loaded.generate_batch(prompts, max_new_tokens=3)) == expected
 
 
-@pytest.mark.parametrize("family", ["mixtral", "stablelm"])
-def test_a_pickled_patched_model_runs_in_another_process(family, tmp_path):
-    model, prompts = hf.patch(make_model(family)), make_prompts(5, 9)
-    expected = tokens(model.generate_batch(prompts, max_new_tokens=3))
-    (tmp_path / "model").write_bytes(pickle.dumps(model))
+def test_pickled_patched_models_run_in_another_process(tmp_path):
+    models, prompts = [hf.patch(make_model(family)) for family in ("mixtral", "stablelm")], make_prompts(5, 9)
+    expected = [tokens(model.generate_batch(prompts, max_new_tokens=3)) for model in models]
+    (tmp_path / "models").write_bytes(pickle.dumps(models))
     code = f"""
 import pickle, sys
 with open(sys.argv[1], "rb") as file:
-    model = pickle.load(file)
-outputs = model.generate_batch({prompts}, max_new_tokens=3)
-print([output.generated_tokens for output in outputs.values()])
+    models = pickle.load(file)
+outputs = [model.generate_batch({prompts}, max_new_tokens=3).values() for model in models]
+print([[output.generated_tokens for output in of_one] for of_one in outputs])
 """
-    command = [sys.executable, "-c", code, str(tmp_path / "model")]
+    command = [sys.executable, "-c", code, str(tmp_path / "models")]
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == f"{expected}\n"
 
 
@@ -164,9 +163,10 @@ def patched_class():
     hf.unpatch(MistralForCausalLM)
 
 
-def test_models_of_a_patched_class_are_patched_at_their_first_use(patched_class):
+def test_models_of_a_patched_class_are_patched_at_their_first_use(request):
     before, prompts = make_model("mistral-window"), make_prompts(5, 20)
     expected = plain_greedy(before, prompts, 4)
+    request.getfixturevalue("patched_class")
     model = make_model("mistral-window")
     assert model.config._attn_implementation != "torch_rpa"
     assert tokens(model.generate_batch(prompts, max_new_tokens=4)) == expected

@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -113,7 +113,7 @@ def _add_hooks(model: PreTrainedModel) -> list[RemovableHandle]:
 def _check_call(model: PreTrainedModel, args: tuple, kwargs: dict) -> None:
     """Before each forward: refuse what would be ignored further down, where transformers drops 2-D masks silently."""
     attention.require_batch(kwargs.get("rpa_batch"))
-    given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    given = _forward_signature(type(model)).bind_partial(model, *args, **kwargs).arguments
     given = {**given, **given.get("kwargs", {})}
     refused = [
         name
@@ -125,3 +125,8 @@ def _check_call(model: PreTrainedModel, args: tuple, kwargs: dict) -> None:
             f"a model patched by torch_rpa.hf cannot take {', '.join(refused)}: rpa_batch and its pages replace "
             "them; torch_rpa.hf.unpatch(model) gives the plain model back"
         )
+
+
+@cache
+def _forward_signature(model_class: type[PreTrainedModel]) -> inspect.Signature:
+    return inspect.signature(model_class.forward)
