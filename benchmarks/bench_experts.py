@@ -7,8 +7,6 @@ temporaries are its own figure.
 """
 
 import os
-import sys
-from pathlib import Path
 
 TOPOLOGY = "v6e:2x2"
 ROWS = (16, 256)
@@ -49,10 +47,9 @@ def temporaries(implementation, module, config, num_rows: int) -> str:
 
 
 def main() -> None:
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    import aot
+    from torch_rpa import aot
 
-    os.environ.update(aot.ENVIRONMENT, PJRT_DEVICE="CPU")
+    os.environ.update(aot.environment(), PJRT_DEVICE="CPU")
     import torch
     import torch_xla  # noqa: F401  registers the device
     from transformers.integrations.moe import batched_mm_experts_forward

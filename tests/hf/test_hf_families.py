@@ -147,7 +147,16 @@ def test_experts_with_static_shapes_equal_transformers_own(family):
         torch.testing.assert_close(experts.all_experts(module, rows, index, weights), expected, atol=3e-5, rtol=3e-5)
 
 
-def test_experts_on_cpu_tensors_stay_the_users(monkeypatch):
+def test_an_expert_that_overflows_on_rows_of_others_changes_nothing():
+    module = next(module for module in make_model("mixtral").modules() if hasattr(module, "_apply_gate"))
+    rows, index, weights = torch.ones(3, 64), torch.tensor([[0, 1], [1, 2], [2, 0]]), torch.full((3, 2), 0.5)
+    with torch.no_grad():
+        expected = experts.all_experts(module, rows, index, weights)
+        module.down_proj[3] = torch.inf
+        assert torch.equal(experts.all_experts(module, rows, index, weights), expected)
+
+
+def test_experts_on_cpu_tensors_stay_the_users():
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     calls = []

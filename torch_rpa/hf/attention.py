@@ -84,11 +84,12 @@ def _not_supported_reasons(query, key, attention_mask, dropout: float, kwargs: d
         reasons.append("attention_mask must be None: rpa_batch says who sees whom")
     if dropout:
         reasons.append(f"{dropout=} is for training; call model.eval()")
-    if kwargs.pop("output_attentions", None):
+    if kwargs.get("output_attentions"):
         reasons.append("output_attentions=True: the probabilities are never materialised")
-    if kwargs.pop("is_causal", None) is False:
+    if kwargs.get("is_causal") is False:
         reasons.append("is_causal=False: only causal attention is supported")
-    unknown = [name for name, value in kwargs.items() if value is not None and name not in _FOR_OTHERS]
+    known = _FOR_OTHERS | {"output_attentions", "is_causal"}
+    unknown = [name for name, value in kwargs.items() if value is not None and name not in known]
     if unknown:
         reasons.append(f"it does not know the keywords {', '.join(unknown)}, and ignores none")
     return reasons

@@ -39,7 +39,9 @@ def all_experts(
     rows = hidden_states.expand(num_experts, -1, -1)
     gated = module._apply_gate(_linear(module, "gate_up_proj", rows))
     outs = _linear(module, "down_proj", gated)  # [num_experts, num_tokens, hidden_size]
-    return (outs * weights.T[:, :, None]).sum(0).to(hidden_states.dtype)
+    weights = weights.T[:, :, None]
+    # Not a plain product: an expert may overflow on rows that it was never meant for, and 0 * inf = NaN.
+    return torch.where(weights != 0, outs * weights, 0).sum(0).to(hidden_states.dtype)
 
 
 def _linear(module: torch.nn.Module, name: str, rows: torch.Tensor) -> torch.Tensor:
