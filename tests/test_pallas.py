@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from batches import assert_matches_oracle, bytes_of, forget_new_tokens, make_batch
+from jax.experimental import pallas as pl
 from test_attention import BATCHES
 from test_kernels import arrays, to_jax, to_torch
 
 from torch_rpa import kernels
 from torch_rpa.kernels import schedule, softmax
 from torch_rpa.kernels.config import make_config
+from torch_rpa.kernels.widen import load_widened, widen_scale
 from torch_rpa.options import AttentionOptions
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -201,6 +203,22 @@ def test_the_schedule_fetches_what_the_rows_of_a_block_can_see_and_no_more():
 
 def test_a_sequence_without_visible_keys_is_one_item_without_pages():
     assert list(items(small_config(), 0, 1, 0)) == [(0, 0, 0)]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("kv_dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.int8], ids=lambda x: jnp.dtype(x).name)
+def test_every_code_of_8_bits_is_widened_to_its_value(kv_dtype, dtype):
+    kv_dtype = jnp.dtype(kv_dtype)
+    codes = np.random.default_rng(0).permutation(np.arange(512, dtype=np.int32).astype(np.uint8))  # any four in a word
+    pages = np.repeat(codes, 128).view(kv_dtype).reshape(4, 128, 128)
+
+    def widen(pages_ref, out_ref):
+        out_ref[...] = load_widened(pages_ref, (slice(None),) * 3, dtype)
+
+    shape = jax.ShapeDtypeStruct((512, 128), dtype)
+    widened = pl.pallas_call(widen, out_shape=shape, interpret=True)(jnp.asarray(pages))
+    values = np.asarray(widened, np.float32) * widen_scale(kv_dtype.name)
+    np.testing.assert_array_equal(values, pages.reshape(512, 128).astype(np.float32))
 
 
 def test_softmax_over_chunks_equals_softmax_over_all():

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 
 from torch_rpa.kernels import chips
 from torch_rpa.kernels.chips import Chip
+from torch_rpa.kernels.widen import widen_scale
 from torch_rpa.options import AttentionOptions
 from torch_rpa.validation import page_shape
 
@@ -130,6 +131,16 @@ class KernelConfig:
         return jnp.bfloat16 if self.q_dtype == "bfloat16" else jnp.float32
 
     @property
+    def score_scale(self) -> float:
+        """What the dot product of a query and a widened key is multiplied by."""
+        return self.options.score_scale * widen_scale(self.kv_dtype)
+
+    @property
+    def value_scale(self) -> float:
+        """What a weighted sum of widened values is multiplied by."""
+        return self.options.value_scale * widen_scale(self.kv_dtype)
+
+    @property
     def lane_parts(self) -> int:
         """Pieces that a head's rows are kept in: one at most a vector register wide has its rows at any offset."""
         return 1 if self.head_dim <= LANES else 2
@@ -184,12 +195,6 @@ class KernelConfig:
     def v_lanes(self) -> HeadLanes:
         """Of a head in a decode step's acc and v."""
         return HeadLanes(0 if self.splits_kv else self.head_dim, self.k_lanes.step)
-
-    def widen(self, kv):
-        """Stored keys or values in the dtype to compute in, not scaled."""
-        if kv.dtype.itemsize == 1 and kv.dtype != jnp.int8:
-            kv = kv.astype(jnp.float32)  # Mosaic casts fp8 to and from float32 only
-        return kv.astype(self.compute_dtype)
 
     @property
     def rows_shape(self) -> tuple[int, ...]:
