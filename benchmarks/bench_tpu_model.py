@@ -38,6 +38,7 @@ def main():
     parser.add_argument("--chip", choices=("v6e", "v5e"), default="v6e")
     parser.add_argument("--page-size", type=int, default=128)
     parser.add_argument("--kv-dtype", help="of the pages; bfloat16 if left out")
+    parser.add_argument("--form", choices=("flat", "heads"), default="flat", help="of the pages")
     parser.add_argument("--update", action="store_true", help="the op that writes new tokens")
     parser.add_argument("--alone", action="store_true", help="without projections around it: q and out in HBM")
     tools = Path(__file__).parents[1].parent / "shared" / "tools"
@@ -52,7 +53,7 @@ def main():
     chip = CHIPS[args.chip]
     scales = {"k_scale": 0.1, "v_scale": 0.1} if args.kv_dtype == "int8" else {}
     case = OpCase(
-        args.chip, MODEL.heads, args.page_size, kv_dtype=args.kv_dtype, update=args.update,
+        args.chip, MODEL.heads, args.page_size, kv_dtype=args.kv_dtype, form=args.form, update=args.update,
         projections=not args.alone, options=scales,
     )  # fmt: skip
     kv_itemsize = 1 if args.kv_dtype in ("int8", "float8_e4m3fn", "float8_e5m2") else 2

@@ -28,11 +28,11 @@ from jax.experimental import pallas as pl
 
 from torch_rpa import mask
 from torch_rpa.kernels import softmax, worklist
-from torch_rpa.kernels.config import LANES, KernelConfig, fill_lanes
+from torch_rpa.kernels.config import KernelConfig, fill_lanes
+from torch_rpa.kernels.load import load_kv
 from torch_rpa.kernels.refs import Refs
 from torch_rpa.kernels.schedule import Item
 from torch_rpa.kernels.softmax import State
-from torch_rpa.kernels.widen import load_widened
 
 
 class Member(NamedTuple):
@@ -138,10 +138,7 @@ def _merge(config: KernelConfig, refs: Refs, members: list[Member], head_set, pa
 
 def _load_kv(config: KernelConfig, refs: Refs, slot, head_set, num_pages):
     """k and v [keys, lanes] of a set."""
-    lanes = config.set_heads * 2 * config.head_dim
-    first_lane = head_set * lanes if isinstance(head_set, int) else pl.multiple_of(head_set * lanes, LANES)
-    index = slot, pl.ds(0, num_pages), slice(None), pl.ds(first_lane, lanes)
-    kv = load_widened(refs.kv_buffer, index, config.compute_dtype)
+    kv = load_kv(config, refs, slot, head_set, config.set_heads, num_pages)
     if not config.splits_kv:
         return kv, kv
     halves = [kv[:, i * config.head_dim : (i + 1) * config.head_dim] for i in range(2 * config.set_heads)]

@@ -8,11 +8,11 @@ from jax.experimental import pallas as pl
 
 from torch_rpa import mask
 from torch_rpa.kernels import schedule, softmax, worklist
-from torch_rpa.kernels.config import LANES, KernelConfig, fill_lanes
+from torch_rpa.kernels.config import KernelConfig, fill_lanes
+from torch_rpa.kernels.load import load_kv
 from torch_rpa.kernels.refs import Refs
 from torch_rpa.kernels.schedule import Item
 from torch_rpa.kernels.softmax import State
-from torch_rpa.kernels.widen import load_widened
 
 _CLEAR_ROWS = 8
 
@@ -140,14 +140,10 @@ def _hide(config: KernelConfig, item: Item, rows: Rows, span: Span, scores, valu
 
 def _load_kv(config: KernelConfig, refs: Refs, span: Span, head_set):
     """k and v [keys, head_dim] of every head of a set."""
-    head_dim, lanes = config.head_dim, config.prefill_heads * 2 * config.head_dim
-    first_lane = head_set * lanes if isinstance(head_set, int) else pl.multiple_of(head_set * lanes, LANES)
-    blocks = [
-        load_widened(refs.kv_buffer, (slot, slice(None), slice(None), pl.ds(first_lane, lanes)), config.compute_dtype)
-        for slot in span.slots
-    ]
+    head_dim, heads = config.head_dim, config.prefill_heads
+    blocks = [load_kv(config, refs, slot, head_set, heads, config.block_pages) for slot in span.slots]
     kv = jnp.concatenate(blocks, axis=0)
-    pieces = [kv[:, i * head_dim : (i + 1) * head_dim] for i in range(2 * config.prefill_heads)]
+    pieces = [kv[:, i * head_dim : (i + 1) * head_dim] for i in range(2 * heads)]
     return list(zip(pieces[0::2], pieces[1::2], strict=True))
 
 

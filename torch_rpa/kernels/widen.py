@@ -17,20 +17,23 @@ _ONES = 0x01010101
 _MAGNITUDES = 0x7F7F7F7F
 
 
-def load_widened(ref, index, dtype):
-    """Stored keys or values ``ref[index]`` of pages [.., page_size, lanes] as ``dtype`` [tokens, lanes].
+def comes_as_words(dtype) -> bool:
+    """Whether values of this page dtype are to be loaded as int32 words; on v5e a cast to words costs more later."""
+    return dtype == jnp.float8_e4m3fn
 
-    Times ``widen_scale`` they are what was stored.
-    """
-    if ref.dtype == jnp.float8_e4m3fn:
-        words = ref.bitcast(jnp.int32)[index]
-        kv = pltpu.bitcast(_swap_codes(words.reshape(-1, words.shape[-1])), jnp.float8_e4m3b11fnuz)
-    else:
-        kv = ref[index]
+
+def widen_words(words, kv_dtype, dtype):
+    """int32 [rows, lanes] of stored ``kv_dtype`` as ``widen`` gives it; a word has values of consecutive tokens."""
+    if kv_dtype == jnp.float8_e4m3fn:
+        words, kv_dtype = _swap_codes(words), jnp.float8_e4m3b11fnuz
+    return widen(pltpu.bitcast(words, kv_dtype), dtype)
+
+
+def widen(kv, dtype):
+    """Stored keys or values as ``dtype``; times ``widen_scale`` they are what was stored."""
     if kv.dtype.itemsize == 1 and kv.dtype != jnp.int8:
         kv = kv.astype(jnp.float32)  # Mosaic casts fp8 to float32 only
-    kv = kv.astype(dtype)
-    return kv.reshape(-1, kv.shape[-1])
+    return kv.astype(dtype)
 
 
 def widen_scale(dtype) -> float:
