@@ -15,6 +15,7 @@ import functools
 import operator
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
@@ -70,13 +71,10 @@ def _gather_row(config: KernelConfig, words, first_word, row, num_words):
 
 def _move(words, source, target, per_word):
     """Of the ``per_word`` parts of each word that at place ``source``, at place ``target``, and zeros elsewhere."""
-    if per_word == 1:
-        return words
     bits = 32 // per_word
     distance = (target - source) * bits
-    if not (distance == bits * (per_word - 1) or distance == -bits * (per_word - 1)):  # else all others fall out
-        part = (1 << bits) - 1 << source * bits
-        words = words & jnp.int32(part - (1 << 32) if part >> 31 else part)
+    if abs(distance) < 32 - bits:  # from one end of the word to the other, all other parts fall out
+        words = words & np.uint32((1 << bits) - 1 << source * bits).astype(np.int32)
     if distance < 0:
         return lax.shift_right_logical(words, jnp.int32(-distance))
     return words << distance if distance else words
