@@ -8,6 +8,7 @@ Needs ../shared/tools/tpusim beside the project. The figures compare variants of
 import argparse
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from torch_rpa import workloads
@@ -37,7 +38,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chip", choices=("v6e", "v5e"), default="v6e")
     parser.add_argument("--page-size", type=int, default=128)
-    parser.add_argument("--kv-dtype", help="of the pages; bfloat16 if left out")
+    parser.add_argument("--kv-dtype", help="of the pages, and print how much faster it is; bfloat16 if left out")
+    parser.add_argument("--form", choices=("flat", "heads"), default="flat", help="of the pages")
     parser.add_argument("--update", action="store_true", help="the op that writes new tokens")
     parser.add_argument("--alone", action="store_true", help="without projections around it: q and out in HBM")
     tools = Path(__file__).parents[1].parent / "shared" / "tools"
@@ -52,18 +54,22 @@ def main():
     chip = CHIPS[args.chip]
     scales = {"k_scale": 0.1, "v_scale": 0.1} if args.kv_dtype == "int8" else {}
     case = OpCase(
-        args.chip, MODEL.heads, args.page_size, kv_dtype=args.kv_dtype, update=args.update,
+        args.chip, MODEL.heads, args.page_size, kv_dtype=args.kv_dtype, form=args.form, update=args.update,
         projections=not args.alone, options=scales,
     )  # fmt: skip
     kv_itemsize = 1 if args.kv_dtype in ("int8", "float8_e4m3fn", "float8_e5m2") else 2
-    with tempfile.TemporaryDirectory() as folder:
+    in_bfloat16 = replace(case, kv_dtype=None, options={})
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as other_folder:
         kernel = tpusim.Kernel(kernel_bundles(case, folder), args.chip)
-        print(f"{args.chip}, page size {args.page_size}: modelled us, share of bandwidth, share of peak FLOP/s")
+        reference = tpusim.Kernel(kernel_bundles(in_bfloat16, other_folder), args.chip) if args.kv_dtype else None
+        columns = "modelled us, share of bandwidth, share of peak FLOP/s" + ", bfloat16 us / us" * bool(args.kv_dtype)
+        print(f"{args.chip}, page size {args.page_size}, pages in {args.form} form: {columns}")
         for name, batch in workloads.batches().items():
             seconds = kernel.run(scalars(case, batch)).microseconds * 1e-6
+            ratio = f"{reference.run(scalars(case, batch)).microseconds * 1e-6 / seconds:6.2f}" if reference else ""
             of_bandwidth = workloads.useful_bytes(batch, MODEL.heads, kv_itemsize) / seconds / chip.hbm_bytes_per_s
             of_peak = workloads.useful_flops(batch, MODEL.heads) / seconds / chip.flops_per_s
-            print(f"{name:24} {seconds * 1e6:8.1f} {of_bandwidth:6.2f} {of_peak:6.3f}", flush=True)
+            print(f"{name:24} {seconds * 1e6:8.1f} {of_bandwidth:6.2f} {of_peak:6.3f} {ratio}", flush=True)
 
 
 if __name__ == "__main__":

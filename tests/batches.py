@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from torch_rpa import reference
-from torch_rpa.validation import tpu_reasons
+from torch_rpa.validation import dtype_name, tpu_reasons
 from torch_rpa.workloads import MODELS
 
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -59,7 +59,9 @@ class Batch:
 
     def is_refused_on(self, device) -> bool:
         """Whether the TPU kernel cannot take these heads or pages of this width."""
-        return is_tpu(device) and bool(tpu_reasons(self.q.shape, self.kv_pages.flatten(2).shape))
+        return is_tpu(device) and bool(
+            tpu_reasons(self.q.shape, self.kv_pages.flatten(2).shape, dtype_name(self.kv_pages.dtype))
+        )
 
     def read(self, op=None, **options):
         """Call a read-only op (``ragged_paged_attention_with_lse`` by default)."""

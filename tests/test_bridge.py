@@ -247,7 +247,7 @@ def test_lowering_the_ops_starts_no_jax_client(platform, xla):
 @pytest.mark.parametrize(
     ("batch", "reason"),
     [
-        (make_batch(), "pages on TPU are flat, .* as torch_rpa.empty_kv_pages"),
+        (make_batch(), "pages in heads form on TPU need head_dim 128 .* torch_rpa.empty_kv_pages"),
         (make_batch(heads=(2, 1, 80), form="flat"), "to be a multiple of 128, got 160; .* torch_rpa.empty_kv_pages"),
     ],
     ids=["heads_form", "width"],

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from batches import assert_matches_oracle, bytes_of, forget_new_tokens, make_batch
+from jax.experimental import pallas as pl
 from test_attention import BATCHES
 from test_kernels import arrays, to_jax, to_torch
 
 from torch_rpa import kernels
 from torch_rpa.kernels import schedule, softmax
 from torch_rpa.kernels.config import make_config
+from torch_rpa.kernels.widen import comes_as_words, widen, widen_scale, widen_words
 from torch_rpa.options import AttentionOptions
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -142,6 +144,31 @@ def test_the_update_quantises_as_the_oracle_does(kv_dtype):
     check_update(make_batch(dtype=torch.bfloat16, kv_dtype=kv_dtype), sm_scale=0.125)
 
 
+HEADS_FORM = {
+    "float32": (torch.float32, None, (4, 2, 128), 8),
+    "bfloat16_one_kv_head": (torch.bfloat16, None, (2, 1, 128), 8),
+    "bfloat16": (torch.bfloat16, None, (8, 4, 128), 32),
+    "float8_e4m3fn": (torch.bfloat16, torch.float8_e4m3fn, (4, 2, 128), 16),
+    "float8_e5m2": (torch.bfloat16, torch.float8_e5m2, (4, 4, 128), 8),
+    "int8": (torch.float32, torch.int8, (4, 2, 128), 64),
+}
+
+
+@pytest.mark.parametrize(("dtype", "kv_dtype", "heads", "page_size"), HEADS_FORM.values(), ids=HEADS_FORM)
+def test_reads_and_updates_pages_in_heads_form(dtype, kv_dtype, heads, page_size):
+    batch = make_batch(dtype=dtype, kv_dtype=kv_dtype, heads=heads, page_size=page_size)
+    assert takes_heads_form(batch)
+    options = {"sm_scale": 0.1, "num_kv_pages_per_block": 2, "num_queries_per_block": 16}
+    check_read(batch, sliding_window=21, **options)
+    check_update(batch, **options)
+
+
+def takes_heads_form(batch):
+    q, pages, table = to_jax(batch.q), to_jax(batch.kv_pages), batch.page_indices
+    config = make_config(q, pages, table, AttentionOptions(), with_lse=False, with_sinks=False, with_update=False)
+    return config.heads_form
+
+
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 5}], ids=str)
 def test_sinks_are_one_more_logit_without_a_value(options):
     check_read(make_batch(), sinks=torch.tensor([0.3, -torch.inf, 4.0, 30.0]), **options)
@@ -201,6 +228,29 @@ def test_the_schedule_fetches_what_the_rows_of_a_block_can_see_and_no_more():
 
 def test_a_sequence_without_visible_keys_is_one_item_without_pages():
     assert list(items(small_config(), 0, 1, 0)) == [(0, 0, 0)]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("kv_dtype", "as_words"),
+    [("float8_e4m3fn", True), ("float8_e5m2", True), ("int8", True), ("float8_e5m2", False), ("int8", False)],
+)
+def test_every_code_of_8_bits_is_widened_to_its_value(kv_dtype, as_words, dtype):
+    kv_dtype = jnp.dtype(kv_dtype)
+    assert as_words or not comes_as_words(kv_dtype)
+    codes = np.random.default_rng(0).permutation(np.arange(512, dtype=np.int32).astype(np.uint8))  # any four in a word
+    pages = np.repeat(codes, 128).view(kv_dtype).reshape(512, 128)
+
+    def load(pages_ref, out_ref):
+        if as_words:
+            out_ref[...] = widen_words(pages_ref.bitcast(jnp.int32)[...], kv_dtype, dtype)
+        else:
+            out_ref[...] = widen(pages_ref[...], dtype)
+
+    shape = jax.ShapeDtypeStruct((512, 128), dtype)
+    widened = pl.pallas_call(load, out_shape=shape, interpret=True)(jnp.asarray(pages))
+    values = np.asarray(widened, np.float32) * widen_scale(kv_dtype.name)
+    np.testing.assert_array_equal(values, pages.astype(np.float32))
 
 
 def test_softmax_over_chunks_equals_softmax_over_all():

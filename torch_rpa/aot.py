@@ -39,6 +39,7 @@ class OpCase:
         chip: a name in ``torch_rpa.kernels.chips.CHIPS``.
         heads: (num_q_heads, num_kv_heads, head_dim).
         kv_dtype: of the pages; None for that of q.
+        form: of the pages, "flat" or "heads".
         update: the op that writes new tokens first, instead of the one that only reads.
         sinks: whether sinks are given.
         num_tokens, max_num_seqs, context, num_pages: sizes of the batch, the page table and the cache; context is the
@@ -53,6 +54,7 @@ class OpCase:
     page_size: int = 128
     dtype: str = "bfloat16"
     kv_dtype: str | None = None
+    form: str = "flat"
     update: bool = False
     sinks: bool = False
     num_tokens: int = 512
@@ -65,7 +67,8 @@ class OpCase:
     @property
     def pages_shape(self) -> tuple[int, ...]:
         _, num_kv_heads, head_dim = self.heads
-        return self.num_pages, self.page_size, 2 * num_kv_heads * head_dim
+        token = (2 * num_kv_heads, head_dim) if self.form == "heads" else (2 * num_kv_heads * head_dim,)
+        return self.num_pages, self.page_size, *token
 
 
 class Report(NamedTuple):

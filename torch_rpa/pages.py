@@ -9,7 +9,15 @@ A token's *slot* is ``page * page_size + offset``: its row when the pages are se
 import torch
 
 from torch_rpa import native, sharding
-from torch_rpa.validation import FLOAT_DTYPES, MAX_HEAD_DIM, PAGE_SIZES, QUANTIZED_DTYPES, dtype_name, is_head_dim
+from torch_rpa.validation import (
+    FLOAT_DTYPES,
+    MAX_HEAD_DIM,
+    PAGE_SIZES,
+    QUANTIZED_DTYPES,
+    dtype_name,
+    is_head_dim,
+    tpu_reasons,
+)
 
 # The finite range of each 8-bit page dtype.
 _FINITE_RANGE = {torch.float8_e4m3fn: (-448.0, 448.0), torch.float8_e5m2: (-57344.0, 57344.0), torch.int8: (-128, 127)}
@@ -33,7 +41,7 @@ def empty_kv_pages(
 
     Returns:
         [num_pages, page_size, 2 * num_kv_heads, head_dim], or flat [num_pages, page_size, 2 * num_kv_heads * head_dim]
-        on a TPU where that width is a multiple of 128 (what its DMA engine moves whole). Under
+        on a TPU whose kernel takes such pages. Under
         ``torch_rpa.sharding.use_mesh`` sharded by head, with one KV head for each chip if those are more.
 
     Raises:
@@ -56,8 +64,9 @@ def empty_kv_pages(
         return torch.zeros(shape, dtype=dtype, device=device)
     from torch_rpa import bridge
 
-    if bridge.device_kind() == "tpu" and 2 * num_kv_heads * head_dim % 128 == 0:
-        shape = (num_pages, page_size, 2 * num_kv_heads * head_dim)
+    flat_shape = (num_pages, page_size, 2 * num_kv_heads * head_dim)
+    if bridge.device_kind() == "tpu" and not tpu_reasons((1, num_kv_heads, head_dim), flat_shape, dtype_name(dtype)):
+        shape = flat_shape
     return bridge.zeros_pages(shape, dtype, device)
 
 

@@ -201,27 +201,38 @@ def not_supported_reasons(args: dict[str, ArgSpec], platform: str | None = None)
     if args["q"].dtype == "float16" and kind not in ("cpu", "meta"):
         reasons.append(f"float16 runs on CPU tensors only, not on {kind}; use bfloat16")
     if platform == "tpu":
-        reasons += tpu_reasons(args["q"].shape, args["kv_pages"].shape)
+        reasons += tpu_reasons(args["q"].shape, args["kv_pages"].shape, args["kv_pages"].dtype)
     return reasons
 
 
-def tpu_reasons(q_shape, kv_pages_shape) -> list[str]:
+def tpu_reasons(q_shape, kv_pages_shape, kv_dtype: str) -> list[str]:
     """Why the TPU kernel cannot take heads or pages of this shape, each with what would work; empty where it can."""
     reasons, head_dim = [], q_shape[2]
     if head_dim not in TPU_HEAD_DIMS:
         reasons.append(f"head_dim on TPU is one of {', '.join(map(str, TPU_HEAD_DIMS))}, got {head_dim}; pad the heads")
-    width = 2 * page_shape(kv_pages_shape, head_dim).num_kv_heads * head_dim
+    num_kv_heads = page_shape(kv_pages_shape, head_dim).num_kv_heads
+    if len(kv_pages_shape) == 4 and not _is_addressable_in_heads_form(num_kv_heads, head_dim, kv_dtype):
+        reasons.append(
+            "pages in heads form on TPU need head_dim 128 and 2 * num_kv_heads of 2 (not with 8 bits), 4 or a multiple "
+            f"of 8, got shape {list(kv_pages_shape)} of {kv_dtype}; make them with torch_rpa.empty_kv_pages"
+        )
+    width = 2 * num_kv_heads * head_dim
     if width % 128:
         reasons.append(
             f"pages on TPU need 2 * num_kv_heads * head_dim to be a multiple of 128, got {width}; "
             "pad the KV heads and make the pages with torch_rpa.empty_kv_pages"
         )
-    elif len(kv_pages_shape) == 4:
-        reasons.append(
-            "pages on TPU are flat, [num_pages, page_size, 2 * num_kv_heads * head_dim], as torch_rpa.empty_kv_pages "
-            f"makes them, got shape {list(kv_pages_shape)}"
-        )
     return reasons
+
+
+def _is_addressable_in_heads_form(num_kv_heads, head_dim, kv_dtype) -> bool:
+    """Whether HBM holds a page's rows without padding, a token's rows in whole 32-bit words, and a row in one register.
+
+    Memory is tiled by 8 rows (or 2 or 4, where there are no more) and 128 lanes.
+    """
+    rows = 2 * num_kv_heads
+    is_whole_words = rows % 4 == 0 or kv_dtype not in QUANTIZED_DTYPES
+    return head_dim == 128 and (rows in (2, 4) or rows % 8 == 0) and is_whole_words
 
 
 def check_metadata(

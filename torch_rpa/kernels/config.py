@@ -28,8 +28,9 @@ import jax.numpy as jnp
 
 from torch_rpa.kernels import chips
 from torch_rpa.kernels.chips import Chip
+from torch_rpa.kernels.widen import widen_scale
 from torch_rpa.options import AttentionOptions
-from torch_rpa.validation import page_shape
+from torch_rpa.validation import page_shape, tpu_reasons
 
 LANES = 128
 # Rows that one copy loop of the kernel moves: a whole tile of the narrowest q dtype.
@@ -84,6 +85,7 @@ class KernelConfig:
     with_lse: bool
     with_sinks: bool
     with_update: bool
+    heads_form: bool
     chip: Chip
     block_rows: int
     block_pages: int
@@ -116,18 +118,43 @@ class KernelConfig:
         return min(self.page_size, _UNIT_TOKENS)
 
     @property
+    def unit_rows(self) -> int:
+        """Rows of a page that these tokens take."""
+        return self.unit_tokens * self.token_rows
+
+    @property
     def units_per_page(self) -> int:
         return self.page_size // self.unit_tokens
 
     @property
     def kv_width(self) -> int:
-        """Lanes of one token in a page."""
+        """Elements of one token in a page."""
         return 2 * self.num_kv_heads * self.head_dim
+
+    @property
+    def token_rows(self) -> int:
+        """Rows of a page that one token takes: one, or in heads form K and V of every head."""
+        return 2 * self.num_kv_heads if self.heads_form else 1
+
+    @property
+    def pages_shape(self) -> tuple[int, ...]:
+        """Of the pages as the kernel takes them, with all rows of a page in one dimension."""
+        return self.num_pages, self.page_size * self.token_rows, self.kv_width // self.token_rows
 
     @property
     def compute_dtype(self):
         """What the matrix unit multiplies; it accumulates in float32."""
         return jnp.bfloat16 if self.q_dtype == "bfloat16" else jnp.float32
+
+    @property
+    def score_scale(self) -> float:
+        """What the dot product of a query and a widened key is multiplied by."""
+        return self.options.score_scale * widen_scale(self.kv_dtype)
+
+    @property
+    def value_scale(self) -> float:
+        """What a weighted sum of widened values is multiplied by."""
+        return self.options.value_scale * widen_scale(self.kv_dtype)
 
     @property
     def lane_parts(self) -> int:
@@ -141,7 +168,9 @@ class KernelConfig:
 
     @property
     def heads_per_step(self) -> int:
-        """KV heads computed in one iteration of a loop: the fewest whose lanes begin at a multiple of 128."""
+        """KV heads computed in one iteration of a loop: the fewest whose lanes, or rows, begin where a load may."""
+        if self.heads_form:
+            return max(1, 2 // jnp.dtype(self.kv_dtype).itemsize)  # whole 32-bit words
         fewest = LANES // gcd(LANES, 2 * self.head_dim)
         return fewest if self.num_kv_heads % fewest == 0 else self.num_kv_heads
 
@@ -185,12 +214,6 @@ class KernelConfig:
         """Of a head in a decode step's acc and v."""
         return HeadLanes(0 if self.splits_kv else self.head_dim, self.k_lanes.step)
 
-    def widen(self, kv):
-        """Stored keys or values in the dtype to compute in, not scaled."""
-        if kv.dtype.itemsize == 1 and kv.dtype != jnp.int8:
-            kv = kv.astype(jnp.float32)  # Mosaic casts fp8 to and from float32 only
-        return kv.astype(self.compute_dtype)
-
     @property
     def rows_shape(self) -> tuple[int, ...]:
         """float32 scratch that holds q, or the accumulator, of a row block; a row step may reach past its end."""
@@ -223,11 +246,14 @@ class KernelConfig:
 
     @property
     def write_buffer_shape(self) -> tuple[int, ...]:
-        return self.write_slots, self.write_tokens, self.kv_width
+        return self.write_slots, self.write_tokens * self.token_rows, self.pages_shape[2]
 
     @property
     def kv_buffer_shape(self) -> tuple[int, ...]:
-        return self.num_slots, self.block_pages, self.page_size, self.kv_width
+        _, page_rows, lanes = self.pages_shape
+        if self.heads_form:  # loads take the rows of one head by a stride, whatever page they are of
+            return self.num_slots, self.block_pages * page_rows, lanes
+        return self.num_slots, self.block_pages, page_rows, lanes
 
     @property
     def vmem_bytes(self) -> int:
@@ -241,6 +267,7 @@ class KernelConfig:
             staged += 4 * _padded_bytes((self.block_rows, self.num_kv_heads * self.head_dim), self.q_dtype)
             scratch += 2 * _padded_bytes(self.new_rows_shape, "float32")
             scratch += _padded_bytes(self.write_buffer_shape, self.kv_dtype)
+            scratch += _padded_bytes(self.write_buffer_shape[1:], "float32") * self.heads_form
         return staged + scratch + _padded_bytes(self.kv_buffer_shape, self.kv_dtype)
 
     @property
@@ -299,6 +326,7 @@ def make_config(
         with_lse=with_lse,
         with_sinks=with_sinks,
         with_update=with_update,
+        heads_form=len(kv_pages.shape) == 4 and not tpu_reasons(q.shape, kv_pages.shape, kv_pages.dtype.name),
         chip=chips.named(chip),
         block_rows=min(block_rows, -(-num_tokens // COPY_ROWS) * COPY_ROWS),
         block_pages=block_pages,

@@ -28,7 +28,8 @@ from jax.experimental import pallas as pl
 
 from torch_rpa import mask
 from torch_rpa.kernels import softmax, worklist
-from torch_rpa.kernels.config import LANES, KernelConfig, fill_lanes
+from torch_rpa.kernels.config import KernelConfig, fill_lanes
+from torch_rpa.kernels.load import load_kv
 from torch_rpa.kernels.refs import Refs
 from torch_rpa.kernels.schedule import Item
 from torch_rpa.kernels.softmax import State
@@ -111,7 +112,7 @@ def _attend_each(config: KernelConfig, refs: Refs, members: list[Member], head_s
     """The state of every member alone, stage by stage: the matrix unit works in program order, and must not wait."""
     kv = [_load_kv(config, refs, member.slot, head_set, num_pages) for member in members]
     q = [refs.decode_q[place, head_set].astype(config.compute_dtype) for place in range(len(members))]
-    scale, soft_cap = config.options.score_scale, config.options.soft_cap
+    scale, soft_cap = config.score_scale, config.options.soft_cap
     scores = [softmax.logits(q, k, scale=scale, soft_cap=soft_cap) for q, (k, _) in zip(q, kv, strict=True)]
     values = [v for _, v in kv]
     if is_edge:
@@ -137,9 +138,7 @@ def _merge(config: KernelConfig, refs: Refs, members: list[Member], head_set, pa
 
 def _load_kv(config: KernelConfig, refs: Refs, slot, head_set, num_pages):
     """k and v [keys, lanes] of a set."""
-    lanes = config.set_heads * 2 * config.head_dim
-    first_lane = head_set * lanes if isinstance(head_set, int) else pl.multiple_of(head_set * lanes, LANES)
-    kv = config.widen(refs.kv_buffer[slot, pl.ds(0, num_pages), :, pl.ds(first_lane, lanes)]).reshape(-1, lanes)
+    kv = load_kv(config, refs, slot, head_set, config.set_heads, num_pages)
     if not config.splits_kv:
         return kv, kv
     halves = [kv[:, i * config.head_dim : (i + 1) * config.head_dim] for i in range(2 * config.set_heads)]

@@ -23,8 +23,8 @@ class PageFetch(NamedTuple):
 
     Attributes:
         page_indices: SMEM int32 [max_num_seqs * pages_per_seq]; entries that are fetched may still be out of range.
-        kv_pages_hbm: [num_pages, page_size, kv_width].
-        kv_buffer: VMEM [num_slots, block_pages, page_size, kv_width].
+        kv_pages_hbm: ``config.pages_shape``.
+        kv_buffer: VMEM, ``config.kv_buffer_shape``.
         sems: one DMA semaphore for each slot.
     """
 
@@ -44,7 +44,7 @@ class PageFetch(NamedTuple):
 
         def start_unit(i):
             page = pages.end_full
-            rows = pl.ds(pl.multiple_of(i * config.unit_tokens, config.unit_tokens), config.unit_tokens)
+            rows = pl.ds(pl.multiple_of(i * config.unit_rows, config.unit_rows), config.unit_rows)
             self._rows(self._page_number(table + page), slot, page - places, rows).start()
 
         _for_each(pages.first, pages.end_full, min(_UNROLL, config.block_pages), start_page)
@@ -63,16 +63,26 @@ class PageFetch(NamedTuple):
         return jnp.clip(self.page_indices[place], 0, self.config.num_pages - 1)
 
     def _page(self, page, slot, place):
-        return pltpu.make_async_copy(self.kv_pages_hbm.at[page], self.kv_buffer.at[slot, place], self.sems.at[slot])
+        return self._rows(page, slot, place, pl.ds(0, self.config.pages_shape[1]))
 
     def _rows(self, page, slot, place, rows):
-        source, target = self.kv_pages_hbm.at[page, rows], self.kv_buffer.at[slot, place, rows]
+        source, target = self.kv_pages_hbm.at[page, rows], self._in_slot(slot, place, rows)
         return pltpu.make_async_copy(source, target, self.sems.at[slot])
+
+    def _in_slot(self, slot, place, rows):
+        """Rows of the page at a place of a slot."""
+        if not self.config.heads_form:
+            return self.kv_buffer.at[slot, place, rows]
+        page_rows = self.config.pages_shape[1]
+        return self.kv_buffer.at[slot, pl.ds(pl.multiple_of(place * page_rows + rows.start, rows.size), rows.size)]
 
     def _units(self, slot, units):
         pages = units // self.config.units_per_page
-        rows = pl.ds(0, units * self.config.unit_tokens)
-        some = self.kv_buffer.at[slot, pl.ds(0, pages)] if pages else self.kv_buffer.at[slot, 0, rows]
+        rows = pl.ds(0, units * self.config.unit_rows)
+        if self.config.heads_form:
+            some = self.kv_buffer.at[slot, rows]
+        else:
+            some = self.kv_buffer.at[slot, pl.ds(0, pages)] if pages else self.kv_buffer.at[slot, 0, rows]
         return pltpu.make_async_copy(some, some, self.sems.at[slot])
 
 

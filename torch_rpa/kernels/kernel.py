@@ -66,8 +66,8 @@ def _call(q, k, v, kv_pages, metadata, sinks, options, with_lse, interpret, chip
     scalars = [kv_lens, page_indices.reshape(-1), cu_q_lens, num_seqs]
     scalars += [] if sinks is None else [sinks.astype(jnp.float32)]
     rows = [x.reshape(config.num_tokens, -1) for x in (q, k, v) if x is not None]
-    flat_pages = kv_pages.reshape(config.num_pages, config.page_size, -1)
-    results = list(_pallas_call(config, interpret)(*scalars, *rows, flat_pages))
+    page_rows = kv_pages.reshape(config.pages_shape)
+    results = list(_pallas_call(config, interpret)(*scalars, *rows, page_rows))
     new_pages = results.pop(0).reshape(kv_pages.shape) if config.with_update else None
     return results[0].reshape(q.shape), results[1] if with_lse else None, new_pages
 
@@ -111,10 +111,9 @@ def _pallas_call(config: KernelConfig, interpret):
 
 
 def _out_shapes(config: KernelConfig):
-    pages = config.num_pages, config.page_size, config.kv_width
     out, lse = (config.num_tokens, config.num_q_heads * config.head_dim), (config.num_tokens, config.num_q_heads)
     return [
-        *[jax.ShapeDtypeStruct(pages, config.kv_dtype)] * config.with_update,
+        *[jax.ShapeDtypeStruct(config.pages_shape, config.kv_dtype)] * config.with_update,
         jax.ShapeDtypeStruct(out, config.q_dtype),
         *[jax.ShapeDtypeStruct(lse, jnp.float32)] * config.with_lse,
     ]
@@ -125,6 +124,7 @@ def _scratch_shapes(config: KernelConfig):
     update = [
         *new_rows,
         pltpu.VMEM(config.write_buffer_shape, config.kv_dtype),
+        *[pltpu.VMEM(config.write_buffer_shape[1:], jnp.float32)] * config.heads_form,
         pltpu.SemaphoreType.DMA((2,)),
         pltpu.SMEM(((config.block_rows + 1) * len(write.Unit._fields),), jnp.int32),
     ]
@@ -142,8 +142,9 @@ def _name_refs(config: KernelConfig, refs) -> Refs:
     """The refs of a call by name; None for those of a part that is left out."""
     left_out = set() if config.with_sinks else {"sinks"}
     left_out |= set() if config.with_lse else {"lse"}
-    update = {"k", "v", "kv_pages_in", "k_rows", "v_rows", "write_buffer", "write_sems", "units"}
+    update = {"k", "v", "kv_pages_in", "k_rows", "v_rows", "write_buffer", "token_rows", "write_sems", "units"}
     left_out |= set() if config.with_update else update
+    left_out |= set() if config.heads_form else {"token_rows"}
     refs = iter(refs)
     return Refs(**{name: None if name in left_out else next(refs) for name in Refs._fields})
 

@@ -8,7 +8,8 @@ from jax.experimental import pallas as pl
 
 from torch_rpa import mask
 from torch_rpa.kernels import schedule, softmax, worklist
-from torch_rpa.kernels.config import LANES, KernelConfig, fill_lanes
+from torch_rpa.kernels.config import KernelConfig, fill_lanes
+from torch_rpa.kernels.load import load_kv
 from torch_rpa.kernels.refs import Refs
 from torch_rpa.kernels.schedule import Item
 from torch_rpa.kernels.softmax import State
@@ -99,7 +100,7 @@ def _attend_rows(config: KernelConfig, refs: Refs, item: Item, rows: Rows, span:
     kv = _load_kv(config, refs, span, head_set)
     values = [v for _, v in kv]
     q = [_read_rows(config, refs.q_rows, head, rows).astype(config.compute_dtype) for head in heads]
-    scale, soft_cap = config.options.score_scale, config.options.soft_cap
+    scale, soft_cap = config.score_scale, config.options.soft_cap
     scores = [softmax.logits(q, k, scale=scale, soft_cap=soft_cap) for q, (k, _) in zip(q, kv, strict=True)]
     if is_edge:
         scores, values = _hide(config, item, rows, span, scores, values)
@@ -139,11 +140,10 @@ def _hide(config: KernelConfig, item: Item, rows: Rows, span: Span, scores, valu
 
 def _load_kv(config: KernelConfig, refs: Refs, span: Span, head_set):
     """k and v [keys, head_dim] of every head of a set."""
-    head_dim, lanes = config.head_dim, config.prefill_heads * 2 * config.head_dim
-    first_lane = head_set * lanes if isinstance(head_set, int) else pl.multiple_of(head_set * lanes, LANES)
-    blocks = [config.widen(refs.kv_buffer[slot, :, :, pl.ds(first_lane, lanes)]) for slot in span.slots]
-    kv = jnp.concatenate([block.reshape(config.block_keys, lanes) for block in blocks], axis=0)
-    pieces = [kv[:, i * head_dim : (i + 1) * head_dim] for i in range(2 * config.prefill_heads)]
+    head_dim, heads = config.head_dim, config.prefill_heads
+    blocks = [load_kv(config, refs, slot, head_set, heads, config.block_pages) for slot in span.slots]
+    kv = jnp.concatenate(blocks, axis=0)
+    pieces = [kv[:, i * head_dim : (i + 1) * head_dim] for i in range(2 * heads)]
     return list(zip(pieces[0::2], pieces[1::2], strict=True))
 
 

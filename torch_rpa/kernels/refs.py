@@ -18,7 +18,7 @@ class Refs(NamedTuple):
     k: Any  # VMEM [block_rows, num_kv_heads * head_dim], or None for the read-only op
     v: Any  # VMEM, as k
     kv_pages_in: Any  # HBM, as kv_pages_hbm: the same memory under another name, or None for the read-only op
-    kv_pages_hbm: Any  # HBM [num_pages, page_size, kv_width]
+    kv_pages_hbm: Any  # HBM [num_pages, page_size * token_rows, kv_width / token_rows]
     out: Any  # VMEM, as q
     lse: Any  # VMEM float32 [block_rows, num_q_heads], or None
     q_rows: Any  # VMEM float32 [num_kv_heads, lane_parts, matrix rows, head_dim / lane_parts]
@@ -29,11 +29,12 @@ class Refs(NamedTuple):
     decode_acc: Any  # VMEM float32 [num_head_sets, query heads of a set, head_dim]: of an unfinished row
     decode_top: Any  # VMEM float32 [num_head_sets, query heads of a set, 128], the same in every lane
     decode_total: Any  # VMEM, as decode_top
-    kv_buffer: Any  # VMEM [num_slots, block_pages, page_size, kv_width]
+    kv_buffer: Any  # VMEM [num_slots, block_pages, page_size * token_rows, kv_width / token_rows]
     kv_sems: Any  # DMA semaphores [num_slots]
     k_rows: Any  # VMEM float32 [num_kv_heads, lane_parts, rows, head_dim / lane_parts], or None
     v_rows: Any  # VMEM, as k_rows
-    write_buffer: Any  # VMEM [write_slots, write_tokens, kv_width], or None
+    write_buffer: Any  # VMEM [write_slots, write_tokens * token_rows, kv_width / token_rows], or None
+    token_rows: Any  # VMEM float32 [write_tokens * token_rows, head_dim]: new tokens in heads form, or None
     write_sems: Any  # DMA semaphores [2]: of reads, of writes; or None
     units: Any  # SMEM int32 [block_rows * len(Unit)]: what to write of a row block, or None
     cursor: Any  # SMEM int32: where the batch stands (``worklist.py``), kept from one row block to the next

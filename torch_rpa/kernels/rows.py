@@ -41,7 +41,7 @@ def write_rows(config: KernelConfig, refs: Refs, row_block):
             sink = refs.sinks[head] if config.with_sinks else None
             statistics = refs.top_rows.at[kv_head][matrix_rows, :], refs.total_rows.at[kv_head][matrix_rows, :]
             factor, head_lse = softmax.finish(*(x[:, :1] for x in statistics), sink)
-            acc = refs.acc_rows.at[kv_head, part][matrix_rows, :][:, :lanes] * (factor * config.options.value_scale)
+            acc = refs.acc_rows.at[kv_head, part][matrix_rows, :][:, :lanes] * (factor * config.value_scale)
             refs.out[rows, lane : lane + lanes] = jnp.where(is_row, acc, 0.0).astype(refs.out.dtype)
             lse = jnp.where(is_row & (head_lanes == head), head_lse, lse)
         if config.with_lse:

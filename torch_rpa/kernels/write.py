@@ -119,20 +119,30 @@ def _merge(config: KernelConfig, refs: Refs, i, place):
     """Put the new rows among those that stay, and write the tile back."""
     unit = _unit(refs, i)
     pl.when(unit.hi - unit.lo < config.write_tokens)(lambda: _copy(config, refs, unit, place, _READS).wait())
-    rows = pl.ds(unit.first_row + config.write_tokens, config.write_tokens)
-    lanes = []
-    for head in range(config.num_kv_heads):
-        for source, scale in ((refs.k_rows, config.options.k_scale), (refs.v_rows, config.options.v_scale)):
-            parts = [source.at[head, part][rows, :][:, : config.part_lanes] for part in range(config.lane_parts)]
-            lanes += [quantize(x, config.kv_dtype, scale) for x in parts]
-    slot = lax.broadcasted_iota(jnp.int32, (config.write_tokens, 1), 0)
-    is_new = (slot >= unit.lo) & (slot < unit.hi)
-    refs.write_buffer[place] = jnp.where(is_new, jnp.concatenate(lanes, axis=1), refs.write_buffer[place])
+    row = lax.broadcasted_iota(jnp.int32, (config.write_tokens * config.token_rows, 1), 0)
+    is_new = (row >= unit.lo * config.token_rows) & (row < unit.hi * config.token_rows)
+    new = _new_tokens(config, refs, pl.ds(unit.first_row + config.write_tokens, config.write_tokens))
+    refs.write_buffer[place] = jnp.where(is_new, new, refs.write_buffer[place])
     _copy(config, refs, unit, place, _WRITES).start()
 
 
+def _new_tokens(config: KernelConfig, refs: Refs, rows):
+    """These rows of k and v as the pages hold them."""
+    pieces = []
+    for head in range(config.num_kv_heads):
+        for source, scale in ((refs.k_rows, config.options.k_scale), (refs.v_rows, config.options.v_scale)):
+            parts = [source.at[head, part][rows, :][:, : config.part_lanes] for part in range(config.lane_parts)]
+            pieces += [quantize(x, config.kv_dtype, scale) for x in parts]
+    if not config.heads_form:
+        return jnp.concatenate(pieces, axis=1)
+    for i, piece in enumerate(pieces):  # only float32 may be stored by a stride
+        refs.token_rows[pl.ds(i, config.write_tokens, stride=config.token_rows), :] = piece.astype(jnp.float32)
+    return quantize(refs.token_rows[...], config.kv_dtype, None)
+
+
 def _copy(config: KernelConfig, refs: Refs, unit: Unit, place, direction):
-    tokens = pl.ds(pl.multiple_of(unit.slot, config.write_tokens), config.write_tokens)
-    there, here = refs.kv_pages_hbm.at[unit.page, tokens], refs.write_buffer.at[place]
+    count = config.write_tokens * config.token_rows
+    rows = pl.ds(pl.multiple_of(unit.slot * config.token_rows, count), count)
+    there, here = refs.kv_pages_hbm.at[unit.page, rows], refs.write_buffer.at[place]
     source, target = (there, here) if direction == _READS else (here, there)
     return pltpu.make_async_copy(source, target, refs.write_sems.at[direction])
