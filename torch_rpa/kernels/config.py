@@ -67,6 +67,7 @@ class KernelConfig:
         block_rows, block_pages, num_slots, group_items, step_rows: see the figure.
         write_slots: tiles of new tokens on their way to the pages.
         kv_dtype, q_dtype: names of dtypes.
+        heads_form: whether a token's heads are rows of their own in a page, as in the heads form, and not lanes of one.
         with_lse, with_sinks, with_update: whether lse is written, sinks are read, new tokens are written to the pages.
         chip: what it is compiled for.
     """
@@ -326,6 +327,7 @@ def make_config(
         with_lse=with_lse,
         with_sinks=with_sinks,
         with_update=with_update,
+        # What a TPU refuses in heads form reaches this point in interpreters only, and is reshaped there.
         heads_form=len(kv_pages.shape) == 4 and not tpu_reasons(q.shape, kv_pages.shape, kv_pages.dtype.name),
         chip=chips.named(chip),
         block_rows=min(block_rows, -(-num_tokens // COPY_ROWS) * COPY_ROWS),

@@ -14,6 +14,7 @@ of one row block:
 
 q and out are taken as [tokens, heads * head_dim] and pages as [.., 2 * num_kv_heads * head_dim]: tokens on sublanes, so
 that a head's K or V is a plain load, and so that the reshapes around the kernel fold into a model's projections.
+Pages in heads form stay as they are in HBM, and are regrouped by the loads (``load.py``).
 """
 
 import jax
