@@ -4,6 +4,7 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
+VENV_NEXT := .venv-next
 PYTHON ?= python3.11
 PYTHON_CANDIDATES := $(PYTHON) $(if $(filter file,$(origin PYTHON)),python3)
 UV_VERSION := 0.13.9
@@ -11,23 +12,29 @@ UV_VERSION := 0.13.9
 TEST_PROCESSES ?= $(if $(filter TPU,$(PJRT_DEVICE)),0,2)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES)
 # In processes of their own: XLA's CPU compiler was seen to crash in one that had compiled hundreds of programs before.
-KERNEL_TESTS := tests/test_pallas.py tests/test_aot.py
+KERNEL_TESTS := tests/test_pallas.py tests/test_aot.py tests/without_torch
 
 # ninja and uv of the environment are found first, also by what Python starts.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 PACKAGES_STAMP := $(VENV)/.stamp-packages
 INSTALL_STAMP := $(VENV)/.stamp-torch_rpa
+NEXT_STAMP := $(VENV_NEXT)/.stamp-packages
+# The kernel that ours is compared with: its code alone, without the packages around it.
+PEER := tpu-inference==0.32.0
+PEER_STAMP := $(VENV_NEXT)/.stamp-peer
 NATIVE_SOURCES := $(wildcard csrc_stub/*.cpp csrc_stub/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format bench family-table compile-matrix clean distclean
+.PHONY: help venv venv-next demo test test-next lint format bench bench-tpu family-table compile-matrix clean distclean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(INSTALL_STAMP) ## set up .venv: the pinned packages, and torch_rpa with its native extension
+
+venv-next: $(NEXT_STAMP) ## set up .venv-next: a newer jax and libtpu, no torch
 
 demo: $(INSTALL_STAMP) ## run the demo (DEVICE=cpu picks a device, ARGS="..." adds options)
 	@$(BIN)/python -m torch_rpa.demo $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
@@ -39,6 +46,9 @@ ifeq ($(strip $(ARGS)),)
 else
 	@$(PYTEST) $(ARGS)
 endif
+
+test-next: $(NEXT_STAMP) ## run the kernels' tests that need no torch, with a newer jax and libtpu
+	@$(VENV_NEXT)/bin/python -m pytest -n 2 tests/without_torch $(ARGS)
 
 lint: $(PACKAGES_STAMP) ## check style
 	$(BIN)/ruff check .
@@ -57,15 +67,18 @@ bench: $(INSTALL_STAMP) ## run every benchmark in benchmarks/
 family-table: $(INSTALL_STAMP) ## write the README's table of models from the tests' families
 	@$(BIN)/python tests/hf/family_table.py
 
+bench-tpu: $(INSTALL_STAMP) $(PEER_STAMP) ## model the TPU kernel's time on v6e, v5e and 7x, beside its peers (needs tpusim)
+	@$(BIN)/python -m benchmarks.bench_tpu_model --chip v6e v5e 7x --kernels ours v2 v3 $(ARGS)
+
 compile-matrix: $(INSTALL_STAMP) ## compile the TPU kernel for every chip, model and dtype: 2 hours; goes on where it stopped
 	@$(BIN)/python -m benchmarks.compile_matrix $(ARGS)
 
 clean: ## remove builds and caches, keep .venv
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis torch_rpa/_C.*.so $(INSTALL_STAMP)
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './$(VENV_NEXT)/*' -prune -exec rm -rf {} +
 
-distclean: clean ## remove .venv, too
-	rm -rf $(VENV)
+distclean: clean ## remove .venv and .venv-next, too
+	rm -rf $(VENV) $(VENV_NEXT)
 
 # ---- Set-up -----------------------------------------------------------------------------------------------------
 
@@ -100,6 +113,22 @@ $(PACKAGES_STAMP): requirements.txt | $(BIN)/python
 	else \
 	  $(BIN)/python -m pip install --disable-pip-version-check --no-deps -r requirements.txt; \
 	fi
+	@touch $@
+
+# Beside .venv, and from the same Python.
+$(NEXT_STAMP): requirements-next.txt | $(BIN)/python
+	@echo "== Installing a newer jax and libtpu in $(VENV_NEXT) (about 1 GB)"
+	@if command -v uv >/dev/null 2>&1; then \
+	  uv venv --clear --python $(BIN)/python $(VENV_NEXT) && \
+	  uv pip install --python $(VENV_NEXT)/bin/python --no-deps -r requirements-next.txt; \
+	else \
+	  $(BIN)/python -m venv --clear $(VENV_NEXT) && \
+	  $(VENV_NEXT)/bin/python -m pip install --disable-pip-version-check --no-deps -r requirements-next.txt; \
+	fi
+	@touch $@
+
+$(PEER_STAMP): | $(NEXT_STAMP)
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-deps --target $(VENV_NEXT)/tpu-inference $(PEER)
 	@touch $@
 
 # Without build isolation: the extension must be built for the torch that stands in .venv. The last line prints a

@@ -1,75 +1,137 @@
 """Modelled time of the TPU kernel on workloads of Llama-3-8B, without a TPU: libtpu's bundles, executed by tpusim.
 
-    python -m benchmarks.bench_tpu_model --chip v6e --page-size 128 [--update]
+    python -m benchmarks.bench_tpu_model --chip v6e                        ours, in about a minute
+    python -m benchmarks.bench_tpu_model --kv-dtype bfloat16 int8          a column for each
+    python -m benchmarks.bench_tpu_model --update --page-size 16           other variants
+    make bench-tpu                                                         v6e, v5e and 7x, beside both peers
 
-Needs ../shared/tools/tpusim beside the project. The figures compare variants of a kernel; they are no measurements.
+Prints Markdown: us, and in brackets the share of HBM bandwidth that useful bytes get (decode), or the share of peak
+FLOP/s that useful FLOPs get (/.xx, the others). Kernels alone, without the layout copies that XLA adds to the peers'
+(ours needs none). 7x, which the pinned libtpu does not know, and v3 are compiled by the newer one of `make venv-next`.
+
+Needs ../shared/tools/tpusim beside the project. The figures compare kernels; nothing here is a measurement.
 """
 
 import argparse
+import itertools
+import json
 import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from tqdm import tqdm
+
+from benchmarks import peers
 from torch_rpa import workloads
 from torch_rpa.aot import OpCase, compile_report
 from torch_rpa.kernels.chips import CHIPS
 
-MODEL = workloads.MODELS["llama-3-8b"]
+REPO = Path(__file__).parents[1]
+MODELLED = REPO / "torch_rpa" / "modelled.json"
+CHOICES = ("v6e", "v5e", "7x")
+KERNELS = ("ours", "v2", "v3")
 
 
-def kernel_bundles(case: OpCase, folder: str) -> str:
-    """Compile the case, and return the file of its kernel's bundles among libtpu's dumps."""
-    report = compile_report(case, dump_to=folder)
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--chip", nargs="+", choices=CHOICES, default=["v6e"])
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=["ours"])
+    parser.add_argument("--page-size", type=int, default=128, help="of our pages; the peers' have 128 tokens")
+    parser.add_argument("--kv-dtype", nargs="+", default=["bfloat16"], help="of our pages")
+    parser.add_argument("--form", choices=("flat", "heads"), default="flat", help="of our pages")
+    parser.add_argument("--update", action="store_true", help="ours: the op that writes new tokens")
+    parser.add_argument("--projections", action="store_true", help="ours between projections, with q and out in VMEM")
+    parser.add_argument(
+        "--save", action="store_true", help=f"write our times, of bfloat16 pages, to {MODELLED.relative_to(REPO)}"
+    )
+    parser.add_argument("--tools", type=Path, default=REPO.parent / "shared" / "tools", help="where tpusim is")
+    return parser.parse_args()
+
+
+def cases(kernel: str, chip: str, args) -> dict[str, OpCase]:
+    """What to compile of a kernel for a chip, by the name of its column."""
+    peer = OpCase(chip, workloads.MODELS["llama-3-8b"].heads)
+    if kernel != "ours":
+        return {f"{chip} {kernel}": peer}
+    variant = {"page_size": args.page_size, "form": args.form, "update": args.update, "projections": args.projections}
+    variant["num_pages"] = peer.max_num_seqs * peer.context // args.page_size
+    columns = {}
+    for dtype in args.kv_dtype:
+        scales = {"k_scale": 0.1, "v_scale": 0.1} if dtype == "int8" else {}
+        name = f"{chip} ours" if dtype == "bfloat16" else f"{chip} ours, {dtype}"
+        columns[name] = replace(peer, kv_dtype=dtype, options=scales, **variant)
+    return columns
+
+
+def compile_ours(case: OpCase, dump_to: str) -> float:
+    """Compile the op with libtpu's dumps; returns seconds."""
+    python = str(peers.NEXT_PYTHON) if case.chip == "7x" else sys.executable
+    report = compile_report(case, dump_to, python)
     if report.error:
         raise SystemExit(f"{case} does not compile: {report.error}")
-    # Of all kernels of the program, the projections included, ours has by far the longest listing.
+    return report.seconds
+
+
+def bundles_file(folder: str, name: str) -> str:
+    """The bundles of a kernel whose name contains ``name``: of all in the dump, a kernel has the longest listing."""
     files = [f for f in Path(folder).glob("*-final_bundles.txt") if not {"TLP", "schedule"} & set(f.name.split("-"))]
-    return str(max(files, key=lambda f: f.stat().st_size))
+    return str(max((f for f in files if name in f.name), key=lambda f: f.stat().st_size))
 
 
-def scalars(case: OpCase, batch) -> list:
+def modelled(kernel: str, case: OpCase, tpusim) -> tuple[float, dict[str, float]]:
+    """Seconds of compiling, and modelled us of each workload."""
+    with tempfile.TemporaryDirectory() as folder:
+        compile_ = compile_ours if kernel == "ours" else lambda *args: peers.compile_peer(kernel, *args)
+        seconds = compile_(case, folder)
+        launches = ("",) if kernel == "ours" else peers.LAUNCHES[kernel]
+        launches = [tpusim.Kernel(bundles_file(folder, name), case.chip) for name in launches]
+        operands = our_scalars if kernel == "ours" else lambda *args: peers.scalars(kernel, *args)
+        times = {
+            name: sum(launch.run(operands(case, batch)).microseconds for launch in launches)
+            for name, batch in workloads.batches().items()
+        }
+    return seconds, times
+
+
+def our_scalars(case: OpCase, batch) -> list:
     """The kernel's scalar operands; the page table goes in as one dimension."""
     metadata = workloads.metadata(batch, case.page_size, case.max_num_seqs, case.context)
     return [x.reshape(-1) for x in metadata]
 
 
+def cell(case: OpCase, batch, microseconds: float) -> str:
+    chip, seconds = CHIPS[case.chip], microseconds * 1e-6
+    if workloads.decodes_only(batch):
+        kv_itemsize = 2 if case.kv_dtype in (None, "bfloat16") else 1
+        share = workloads.useful_bytes(batch, case.heads, kv_itemsize) / seconds / chip.hbm_bytes_per_s
+        return f"{microseconds:.0f} ({share:.2f})"
+    share = workloads.useful_flops(batch, case.heads) / seconds / chip.flops_per_s
+    return f"{microseconds:.1f} (/{share:.2f})"
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--chip", choices=("v6e", "v5e"), default="v6e")
-    parser.add_argument("--page-size", type=int, default=128)
-    parser.add_argument("--kv-dtype", help="of the pages, and print how much faster it is; bfloat16 if left out")
-    parser.add_argument("--form", choices=("flat", "heads"), default="flat", help="of the pages")
-    parser.add_argument("--update", action="store_true", help="the op that writes new tokens")
-    parser.add_argument("--alone", action="store_true", help="without projections around it: q and out in HBM")
-    tools = Path(__file__).parents[1].parent / "shared" / "tools"
-    parser.add_argument("--tools", type=Path, default=tools, help="the folder that holds tpusim")
-    args = parser.parse_args()
+    args = parse_args()
     if not (args.tools / "tpusim").is_dir():
         print(f"skipped: no tpusim in {args.tools}")
         return
     sys.path.insert(0, str(args.tools))
     import tpusim
 
-    chip = CHIPS[args.chip]
-    scales = {"k_scale": 0.1, "v_scale": 0.1} if args.kv_dtype == "int8" else {}
-    case = OpCase(
-        args.chip, MODEL.heads, args.page_size, kv_dtype=args.kv_dtype, form=args.form, update=args.update,
-        projections=not args.alone, options=scales,
-    )  # fmt: skip
-    kv_itemsize = 1 if args.kv_dtype in ("int8", "float8_e4m3fn", "float8_e5m2") else 2
-    in_bfloat16 = replace(case, kv_dtype=None, options={})
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as other_folder:
-        kernel = tpusim.Kernel(kernel_bundles(case, folder), args.chip)
-        reference = tpusim.Kernel(kernel_bundles(in_bfloat16, other_folder), args.chip) if args.kv_dtype else None
-        columns = "modelled us, share of bandwidth, share of peak FLOP/s" + ", bfloat16 us / us" * bool(args.kv_dtype)
-        print(f"{args.chip}, page size {args.page_size}, pages in {args.form} form: {columns}")
-        for name, batch in workloads.batches().items():
-            seconds = kernel.run(scalars(case, batch)).microseconds * 1e-6
-            ratio = f"{reference.run(scalars(case, batch)).microseconds * 1e-6 / seconds:6.2f}" if reference else ""
-            of_bandwidth = workloads.useful_bytes(batch, MODEL.heads, kv_itemsize) / seconds / chip.hbm_bytes_per_s
-            of_peak = workloads.useful_flops(batch, MODEL.heads) / seconds / chip.flops_per_s
-            print(f"{name:24} {seconds * 1e6:8.1f} {of_bandwidth:6.2f} {of_peak:6.3f} {ratio}", flush=True)
+    columns = {}
+    for chip, kernel in tqdm(list(itertools.product(args.chip, args.kernels)), unit="kernel"):
+        for name, case in cases(kernel, chip, args).items():
+            columns[name] = case, *modelled(kernel, case, tpusim)
+    print(f"| us, modelled | {' | '.join(columns)} |")
+    print(f"|---|{'---:|' * len(columns)}")
+    for name, batch in workloads.batches().items():
+        print(f"| {name} | {' | '.join(cell(case, batch, times[name]) for case, _, times in columns.values())} |")
+    print(f"| compile, s | {' | '.join(f'{seconds:.0f}' for _, seconds, _ in columns.values())} |")
+    if args.save:
+        ours = {chip: columns[f"{chip} ours"][2] for chip in args.chip}
+        MODELLED.write_text(
+            json.dumps({c: {n: round(t, 1) for n, t in ts.items()} for c, ts in ours.items()}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Test-wide settings: the PJRT device, fast compiles, and the devices that a test runs on.
 
-Without a TPU the XLA device is PJRT CPU; ``PJRT_DEVICE=TPU pytest`` runs the same tests on a TPU VM.
+Without a TPU the XLA device is PJRT CPU; ``PJRT_DEVICE=TPU pytest`` runs the same tests on a TPU VM. The tests in
+``without_torch/`` share this file, so only the fixtures import torch.
 """
 
 import os
@@ -12,18 +13,20 @@ if os.environ["PJRT_DEVICE"] == "CPU":
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import pytest
-import torch
 
 
 @pytest.fixture(params=["cpu", "xla"])
-def device(request) -> torch.device:
-    """Each device that the ops run on."""
+def device(request):
+    """Each device that the ops run on, a ``torch.device``."""
+    import torch
+
     return request.getfixturevalue("xla") if request.param == "xla" else torch.device("cpu")
 
 
 @pytest.fixture
-def xla() -> torch.device:
+def xla():
     """The XLA device: PJRT CPU, or a TPU where there is one."""
+    import torch
     import torch_xla  # noqa: F401  registers the device
 
     return torch.device("xla")
@@ -32,5 +35,7 @@ def xla() -> torch.device:
 @pytest.fixture
 def no_grad():
     """Run the test as users run the ops: without grad mode."""
+    import torch
+
     with torch.no_grad():
         yield

@@ -60,7 +60,7 @@ class OpCase:
     num_tokens: int = 512
     max_num_seqs: int = 64
     context: int = 8192
-    num_pages: int = 1024
+    num_pages: int = 4096
     projections: bool = True
     options: dict = field(default_factory=dict)
 
@@ -110,16 +110,24 @@ def environment(dump_to=None) -> dict[str, str]:
     }
 
 
-def compile_report(case: OpCase, dump_to=None) -> Report:
+def child_environment(dump_to=None) -> dict[str, str]:
+    """This process's environment with that of ``environment``, for another Python."""
+    # jax sets TPU_LIBRARY_PATH, to its own libtpu, when it is imported.
+    inherited = {name: value for name, value in os.environ.items() if name != "TPU_LIBRARY_PATH"}
+    return inherited | environment(dump_to)
+
+
+def compile_report(case: OpCase, dump_to=None, python: str = sys.executable) -> Report:
     """Compile one case in a process of its own; errors, crashes of libtpu included, are in the report.
 
     Args:
         dump_to: see ``environment``.
+        python: whose jax and libtpu compile; torch_rpa must be importable there.
     """
     start = time.perf_counter()
-    command = [sys.executable, "-c", _CHILD, json.dumps(asdict(case))]
+    command = [python, "-c", _CHILD, json.dumps(asdict(case))]
     result = subprocess.run(
-        command, env=os.environ | environment(dump_to), stdin=subprocess.DEVNULL, capture_output=True, text=True
+        command, env=child_environment(dump_to), stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
     if result.returncode == 0:
         fields = json.loads(result.stdout.splitlines()[-1])

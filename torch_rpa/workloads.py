@@ -61,6 +61,11 @@ def metadata(batch, page_size: int, max_num_seqs: int, context: int) -> list[np.
     return [kv_lens, table, cu_q_lens, np.array([len(batch)], np.int32)]
 
 
+def decodes_only(batch) -> bool:
+    """Whether every sequence has one new token: then HBM bounds the time, otherwise the matrix units may."""
+    return all(q_len == 1 for q_len, _ in batch)
+
+
 def useful_bytes(batch, heads, kv_itemsize: int = 2, q_itemsize: int = 2) -> int:
     """Bytes of HBM traffic that no kernel can avoid: each sequence's keys and values once, q and out once."""
     num_q_heads, num_kv_heads, head_dim = heads

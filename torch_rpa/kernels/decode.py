@@ -36,7 +36,7 @@ from torch_rpa.kernels.softmax import State
 
 
 class Member(NamedTuple):
-    """One place of a group: an item and its slot, or nothing, with garbage in the slot."""
+    """One place of a group: an item and its slot, or nothing, with the slot of the member before it."""
 
     is_item: Any
     slot: Any
@@ -72,11 +72,12 @@ def _kinds(config: KernelConfig, members: list[Member]):
 
 
 def _members(config: KernelConfig, refs: Refs, row_block, slot) -> list[Member]:
-    members, is_item = [], True
+    members, is_item, own_slot = [], True, slot
     for _ in range(config.group_items):
         item = worklist.item_at(refs, slot)
         is_item &= (item.row_block == row_block) & item.is_decode
-        members.append(Member(is_item, slot, item))
+        own_slot = jnp.where(is_item, slot, own_slot)  # a slot further on may be on its way
+        members.append(Member(is_item, own_slot, item))
         slot = worklist.slot_after(config, slot)
     return members
 

@@ -54,13 +54,14 @@ def attend_item(config: KernelConfig, refs: Refs, fetch, item: Item, slot):
 def _take_span(config: KernelConfig, refs: Refs, fetch, item: Item, slot):
     """Wait for the item and those of the same tile that follow it; the span, and how many items are in it."""
     fetch.wait(slot, item.num_units)
-    slots, count, is_open = [slot], jnp.int32(1), ~item.is_last
+    slots, count, is_open, own_slot = [slot], jnp.int32(1), ~item.is_last, slot
     for _ in range(config.span_blocks - 1):
         slot = worklist.slot_after(config, slot)
         fetch.wait(slot, jnp.where(is_open, worklist.item_at(refs, slot).num_units, 0))
         count += is_open.astype(jnp.int32)
+        own_slot = jnp.where(is_open, slot, own_slot)  # a slot further on may be on its way
         is_open &= ~worklist.item_at(refs, slot).is_last
-        slots.append(slot)
+        slots.append(own_slot)
     end = jnp.minimum(item.end, item.first_key + count * config.block_keys)
     return Span(slots, item.first_key, item.start, end), count
 

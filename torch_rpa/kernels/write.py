@@ -47,6 +47,8 @@ def write_block(config: KernelConfig, refs: Refs, row_block):
         first = batch * slots
         end = jnp.minimum(first + slots, count)
         lax.fori_loop(first, end, lambda i, _: _read(config, refs, i, i - first), None)
+        # All reads before the first merge: they end in any order, and a wait counts bytes of whichever came.
+        lax.fori_loop(first, end, lambda i, _: _wait_read(config, refs, i, i - first), None)
         lax.fori_loop(first, end, lambda i, _: _merge(config, refs, i, i - first), None)
         lax.fori_loop(first, end, lambda i, _: _copy(config, refs, Unit(0, 0, 0, 0, 0), 0, _WRITES).wait(), None)
 
@@ -115,10 +117,14 @@ def _read(config: KernelConfig, refs: Refs, i, place):
     pl.when(unit.hi - unit.lo < config.write_tokens)(lambda: _copy(config, refs, unit, place, _READS).start())
 
 
+def _wait_read(config: KernelConfig, refs: Refs, i, place):
+    unit = _unit(refs, i)
+    pl.when(unit.hi - unit.lo < config.write_tokens)(lambda: _copy(config, refs, unit, place, _READS).wait())
+
+
 def _merge(config: KernelConfig, refs: Refs, i, place):
     """Put the new rows among those that stay, and write the tile back."""
     unit = _unit(refs, i)
-    pl.when(unit.hi - unit.lo < config.write_tokens)(lambda: _copy(config, refs, unit, place, _READS).wait())
     row = lax.broadcasted_iota(jnp.int32, (config.write_tokens * config.token_rows, 1), 0)
     is_new = (row >= unit.lo * config.token_rows) & (row < unit.hi * config.token_rows)
     new = _new_tokens(config, refs, pl.ds(unit.first_row + config.write_tokens, config.write_tokens))
