@@ -15,6 +15,7 @@
 #include "kernel.h"
 #include "matmul.h"
 #include "pages.h"
+#include "prefetch.h"
 #include "softmax.h"
 
 #include <algorithm>
@@ -40,6 +41,7 @@ struct Scratch {
   RowState* rows; // [state rows]
   float* keys;    // [padded head_dim, kBlockKeys]
   float* tokens;  // [kBlockKeys, padded head_dim]: keys before they are transposed, values
+  float* copies;  // [kLanes, padded head_dim]: keys that do not stand on one page
   float* scores;  // [matrix rows, kBlockKeys]
 };
 
@@ -62,6 +64,7 @@ int64_t lay_out(const Problem& problem, float* memory, Scratch& scratch) {
   scratch.rows = reinterpret_cast<RowState*>(take(state_rows * 2));
   scratch.keys = take(head_dim * kBlockKeys);
   scratch.tokens = take(kBlockKeys * head_dim);
+  scratch.copies = take(kLanes * head_dim);
   scratch.scores = take(most_matrix_rows(problem) * kBlockKeys);
   return next - memory;
 }
@@ -117,39 +120,68 @@ struct Block {
   const char* tokens[kBlockKeys];  // where each key's token stands on the pages
 };
 
-void locate(const Problem& problem, const Tile& tile, Block& block) {
+// The block of keys from first_key on: up to a multiple of kBlockKeys, or to end_key.
+Block locate(const Problem& problem, const Tile& tile, int64_t first_key, int64_t end_key) {
   const int64_t element_bytes = c10::elementSize(problem.page_dtype);
+  Block block;
+  block.first_key = first_key;
+  block.num_keys = std::min(end_key, first_key / kBlockKeys * kBlockKeys + kBlockKeys) - first_key;
   for (int64_t i = 0; i < block.num_keys; ++i) {
-    const int64_t key = block.first_key + i;
+    const int64_t key = first_key + i;
     const int64_t page = std::clamp<int64_t>(tile.pages[key / problem.page_size], 0, problem.num_pages - 1);
     const int64_t offset = page * problem.page_stride + key % problem.page_size * problem.slot_stride;
     block.tokens[i] = static_cast<const char*>(problem.kv_pages) + offset * element_bytes;
   }
+  return block;
 }
 
-// [A] The keys of a head, transposed. Columns past the last key keep what they held: finite or not, nothing reads
-// the scores that come of them.
+// Two steps for each key and head, one when the key is loaded and one when the value is.
+Prefetch prefetch_of(const Problem& problem, const Tile& tile, const Block& next) {
+  const int64_t head_bytes = 2 * problem.head_dim * c10::elementSize(problem.page_dtype);
+  return {
+      next.tokens, next.num_keys, tile.first_head * head_bytes, tile.end_head * head_bytes, /*steps_per_token=*/
+      2 * (tile.end_head - tile.first_head)};
+}
+
+// Whether the tokens of keys i .. i + kLanes stand at even distances: on one page.
+bool on_one_page(const Problem& problem, const Block& block, int64_t i) {
+  return (block.first_key + i) % problem.page_size + kLanes <= problem.page_size;
+}
+
+// [A] The keys of a head, transposed: as 32-bit words, which hold one to four elements, that are then taken apart.
+// Columns past the last key hold anything, and so do the scores that come of them.
 template <typename Page>
-void load_keys(const Problem& problem, const Block& block, int64_t head, const Scratch& scratch) {
-  const int64_t head_dim = problem.head_dim, stride = padded_head_dim(problem);
-  for (int64_t i = 0; i < block.num_keys; ++i) {
-    const Page* const token = reinterpret_cast<const Page*>(block.tokens[i]);
-    load_row(token + 2 * head * head_dim, scratch.tokens + i * stride, head_dim);
-  }
+void load_keys(const Problem& problem, const Block& block, int64_t head, const Scratch& scratch, Prefetch& prefetch) {
+  const int64_t num_words = problem.head_dim * sizeof(Page) / sizeof(float);
+  float* const words = std::is_same_v<Page, float> ? scratch.keys : scratch.tokens;
   for (int64_t i = 0; i < block.num_keys; i += kLanes) {
-    for (int64_t d = 0; d < head_dim; d += kLanes) {
-      at::vec::transpose_mxn<float, kLanes, kLanes>(
-          scratch.tokens + i * stride + d, stride, scratch.keys + d * kBlockKeys + i, kBlockKeys);
+    const int64_t head_bytes = 2 * head * problem.head_dim * sizeof(Page);
+    const char* in = block.tokens[i] + head_bytes;
+    int64_t stride = problem.slot_stride * sizeof(Page) / sizeof(float);
+    if (!on_one_page(problem, block, i)) {
+      const int64_t last = std::min(i + kLanes, block.num_keys);
+      for (int64_t j = i; j < last; ++j) {
+        std::memcpy(scratch.copies + (j - i) * num_words, block.tokens[j] + head_bytes, num_words * sizeof(float));
+      }
+      in = reinterpret_cast<const char*>(scratch.copies);
+      stride = num_words;
     }
+    prefetch.advance(kLanes);
+    transpose_words(reinterpret_cast<const float*>(in), stride, words + i, kBlockKeys, num_words);
+  }
+  if constexpr (!std::is_same_v<Page, float>) {
+    expand_words<Page>(words, scratch.keys, kBlockKeys, num_words, round_up(block.num_keys, kLanes));
   }
 }
 
 // [D] The values of a head: fills `rows` with where each stands.
 template <typename Page>
 void load_values(
-    const Problem& problem, const Block& block, int64_t head, const Scratch& scratch, const float** rows) {
+    const Problem& problem, const Block& block, int64_t head, const Scratch& scratch, const float** rows,
+    Prefetch& prefetch) {
   const int64_t head_dim = problem.head_dim, stride = padded_head_dim(problem);
   for (int64_t i = 0; i < block.num_keys; ++i) {
+    prefetch.advance(1);
     const Page* const value = reinterpret_cast<const Page*>(block.tokens[i]) + (2 * head + 1) * head_dim;
     if constexpr (std::is_same_v<Page, float>) {
       if (head_dim == stride) {
@@ -187,14 +219,15 @@ void weigh(
 
 template <typename Page>
 void attend_block(
-    const Problem& problem, const Tile& tile, const Block& block, const Scratch& scratch, const State& state) {
+    const Problem& problem, const Tile& tile, const Block& block, const Scratch& scratch, const State& state,
+    Prefetch& prefetch) {
   const int64_t head_dim = padded_head_dim(problem);
   const int64_t matrix_rows = tile.matrix_rows(problem.group());
   const int64_t padded_keys = round_up(block.num_keys, kLanes);
   const float* b_rows[std::max<int64_t>(kBlockKeys, 256)];
   for (int64_t head = tile.first_head; head < tile.end_head; ++head) {
     const int64_t state_row = (head - tile.first_head) * matrix_rows;
-    load_keys<Page>(problem, block, head, scratch);
+    load_keys<Page>(problem, block, head, scratch, prefetch);
     for (int64_t d = 0; d < problem.head_dim; ++d) {
       b_rows[d] = scratch.keys + d * kBlockKeys;
     }
@@ -202,7 +235,7 @@ void attend_block(
         scratch.q + state_row * head_dim, head_dim, b_rows, scratch.scores, kBlockKeys, matrix_rows,
         problem.head_dim, padded_keys, /*add=*/false);
     weigh(problem, tile, block, state, state_row, scratch.scores);
-    load_values<Page>(problem, block, head, scratch, b_rows);
+    load_values<Page>(problem, block, head, scratch, b_rows, prefetch);
     multiply(
         scratch.scores, kBlockKeys, b_rows, state.sums + state_row * state.stride, state.stride, matrix_rows,
         block.num_keys, head_dim, /*add=*/true);
@@ -253,12 +286,12 @@ void attend(const Problem& problem, const Tile& tile, int64_t item, float* parti
   const int64_t first_key = tile.first_key + item * tile.keys_per_item;
   const int64_t end_key = std::min(tile.end_key, first_key + tile.keys_per_item);
   with_type(problem.page_dtype, [&](auto type) {
-    Block block;
-    for (int64_t key = first_key; key < end_key; key += block.num_keys) {
-      block.first_key = key;
-      block.num_keys = std::min(end_key, key / kBlockKeys * kBlockKeys + kBlockKeys) - key;
-      locate(problem, tile, block);
-      attend_block<decltype(type)>(problem, tile, block, scratch, state);
+    Block block = locate(problem, tile, first_key, end_key);
+    while (block.num_keys > 0) {
+      const Block next = locate(problem, tile, block.first_key + block.num_keys, end_key);
+      Prefetch prefetch = prefetch_of(problem, tile, next);
+      attend_block<decltype(type)>(problem, tile, block, scratch, state, prefetch);
+      block = next;
     }
   });
   if (tile.num_items == 1) {

@@ -12,7 +12,7 @@
 #include <c10/util/Half.h>
 
 #include <cstring>
-#include <limits>
+#include <type_traits>
 
 namespace torch_rpa {
 namespace CPU_CAPABILITY {
@@ -45,29 +45,63 @@ inline float small_float(uint32_t code) {
   return float_of_bits((magnitude >= kSpecial ? special : finite) | sign);
 }
 
-inline float to_float(float x) {
-  return x;
-}
-inline float to_float(int8_t x) {
-  return static_cast<float>(x);
-}
-inline float to_float(c10::BFloat16 x) {
-  return float_of_bits(static_cast<uint32_t>(x.x) << 16);
-}
-inline float to_float(c10::Half x) {
-  return small_float<5, 10, true>(x.x);
-}
-inline float to_float(c10::Float8_e5m2 x) {
-  return small_float<5, 2, true>(x.x);
-}
-inline float to_float(c10::Float8_e4m3fn x) {
-  return small_float<4, 3, false>(x.x);
+// The value of an element whose bits are the lowest of `bits`; those above may hold anything.
+template <typename Page>
+inline float float_of_element(uint32_t bits) {
+  if constexpr (std::is_same_v<Page, int8_t>) {
+    return static_cast<float>(static_cast<int32_t>(bits << 24) >> 24);
+  } else if constexpr (std::is_same_v<Page, c10::BFloat16>) {
+    return float_of_bits(bits << 16);
+  } else if constexpr (std::is_same_v<Page, c10::Half>) {
+    return small_float<5, 10, true>(bits & 0xffff);
+  } else if constexpr (std::is_same_v<Page, c10::Float8_e5m2>) {
+    return small_float<5, 2, true>(bits & 0xff);
+  } else if constexpr (std::is_same_v<Page, c10::Float8_e4m3fn>) {
+    return small_float<4, 3, false>(bits & 0xff);
+  } else {
+    return float_of_bits(bits);
+  }
 }
 
 template <typename Page>
-inline void load_row(const Page* in, float* out, int64_t n) {
+using BitsOf = std::conditional_t<sizeof(Page) == 4, uint32_t, std::conditional_t<sizeof(Page) == 2, uint16_t, uint8_t>>;
+
+// n elements as float32.
+template <typename Page>
+inline void load_row(const Page* in, float* __restrict out, int64_t n) {
+  const auto* const bits = reinterpret_cast<const BitsOf<Page>*>(in);
   for (int64_t i = 0; i < n; ++i) {
-    out[i] = to_float(in[i]);
+    out[i] = float_of_element<Page>(bits[i]);
+  }
+}
+
+// ---- Keys, transposed -----------------------------------------------------------------------------------------
+
+// Copies 32-bit words: column i of out = row i of in, for kLanes rows of num_words words; strides are in words.
+inline void transpose_words(const float* in, int64_t in_stride, float* out, int64_t out_stride, int64_t num_words) {
+  int64_t word = 0;
+  for (; word + kLanes <= num_words; word += kLanes) {
+    at::vec::transpose_mxn<float, kLanes, kLanes>(in + word, in_stride, out + word * out_stride, out_stride);
+  }
+  for (; word < num_words; ++word) {
+    for (int64_t i = 0; i < kLanes; ++i) {
+      std::memcpy(out + word * out_stride + i, in + i * in_stride + word, sizeof(float));
+    }
+  }
+}
+
+// Takes the elements of words apart: row `word` of in, of n words, becomes rows of n floats, one for each element.
+template <typename Page>
+inline void expand_words(const float* in, float* __restrict out, int64_t stride, int64_t num_words, int64_t n) {
+  constexpr int64_t kElements = sizeof(float) / sizeof(Page);
+  for (int64_t word = 0; word < num_words; ++word) {
+    const auto* const words = reinterpret_cast<const uint32_t*>(in + word * stride);
+    for (int64_t element = 0; element < kElements; ++element) {
+      float* const row = out + (word * kElements + element) * stride;
+      for (int64_t i = 0; i < n; ++i) {
+        row[i] = float_of_element<Page>(words[i] >> (8 * sizeof(Page) * element));
+      }
+    }
   }
 }
 
