@@ -31,12 +31,29 @@ SOURCES = [
 KERNEL_SOURCE = "csrc_stub/attention.cpp"
 CPU_CAPABILITIES = {
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
-    "AVX512": ["-mprefer-vector-width=512", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
+    "AVX512": [
+        "-mprefer-vector-width=512",
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mavx2",
+        "-mfma",
+        "-mf16c",
+    ],
 }
 # Without OpenMP at::parallel_for would be a serial loop; in use, torch and the extension share one libgomp.
 # If maths functions had to set errno, std::lrint would be a library call for each element.
 # A division or comparison that could trap keeps the compiler from making vectors of a loop.
-COMPILE_FLAGS = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-unknown-pragmas"]
+COMPILE_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wno-unknown-pragmas",
+]
 LINK_FLAGS = ["-fopenmp"]
 
 

@@ -68,9 +68,7 @@ class Batch:
 
 
 def native(batch):
-    return lambda: torch.ops.rpa.ragged_paged_attention(
-        batch.q, batch.pages, *batch.metadata, sm_scale=batch.scale
-    )
+    return lambda: torch.ops.rpa.ragged_paged_attention(batch.q, batch.pages, *batch.metadata, sm_scale=batch.scale)
 
 
 def visible(q_len, kv_len, longest_q, longest_kv):

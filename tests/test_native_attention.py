@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_native import needs_native
 
-from torch_rpa import cpu, native
+from torch_rpa import cpu, native, reference
 from torch_rpa.options import AttentionOptions
 
 pytestmark = [needs_native, pytest.mark.usefixtures("no_grad")]
@@ -92,17 +92,23 @@ def test_results_are_the_same_bits_with_any_number_of_threads(options, heads, th
 
 
 def test_more_partial_results_than_fit_at_once_are_merged_in_waves():
-    """200 sequences cut into up to 32 items each pass the limit of a wave (32 MiB) with these heads."""
-    batch = make_batch(((1, 2048),) * 40, heads=(128, 8, 256), page_size=256, dtype=torch.bfloat16)
-    options = {"sm_scale": 1 / 16}
-    out, lse = batch.read(**options)
-    last = make_batch(((1, 2048),), heads=(128, 8, 256), page_size=256, dtype=torch.bfloat16)
-    for s in (0, 39):
-        last.q[0], last.page_indices[0, :8] = batch.q[s], batch.page_indices[s, :8]
-        alone = torch.ops.rpa.ragged_paged_attention_with_lse(last.q, batch.kv_pages, *last.metadata, **options)
-        assert torch.equal(alone[0][0], out[s])
-        assert torch.equal(alone[1][0], lse[s])
-    assert_matches_oracle(last, alone[0], alone[1], **options) if torch.equal(last.kv_pages, batch.kv_pages) else None
+    """40 sequences in 8 items each, of 128 rows of 256 floats, pass the limit of 32 MiB."""
+    alone = make_batch(((1, 2048),), heads=(128, 8, 256), page_size=256, dtype=torch.bfloat16)
+    one = alone.read(sm_scale=1 / 16)
+    assert_matches_oracle(alone, *one, sm_scale=1 / 16)
+    count = 40
+    out, lse = torch.ops.rpa.ragged_paged_attention_with_lse(
+        alone.q[:1].repeat(count, 1, 1),
+        alone.kv_pages,
+        alone.kv_lens[:1].repeat(count),
+        alone.page_indices[:1].repeat(count, 1),
+        torch.arange(count + 1, dtype=torch.int32),
+        torch.tensor([count], dtype=torch.int32),
+        sm_scale=1 / 16,
+    )
+    for row in range(count):
+        assert torch.equal(out[row], one[0][0])
+        assert torch.equal(lse[row], one[1][0])
 
 
 def test_equals_the_python_path_on_views_of_larger_buffers():
@@ -190,8 +196,6 @@ def test_with_value_checks_metadata_is_refused_or_gives_the_oracles_result(kv_le
             out = torch.ops.rpa.ragged_paged_attention(q, pages, *metadata, sm_scale=0.125)
         except ValueError:
             return
-        from torch_rpa import reference
-
         expected, _, _ = reference.ragged_paged_attention(q, pages, *metadata, sm_scale=0.125)
         torch.testing.assert_close(out.double(), expected, atol=3e-5, rtol=3e-5)
 
