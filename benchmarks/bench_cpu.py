@@ -182,7 +182,7 @@ def ways_of(batch, with_flex):
 def print_row(label, best):
     native_ms = best["native"]
     cells = [f"{native_ms:9.2f}"] + [f"{best[n] / native_ms:8.2f}" for n in ("padded", "loop")]
-    cells.append(f"{best['stream'] / native_ms:8.2f}")
+    cells.append(f"{best['stream'] / native_ms:8.3f}")
     cells.append(f"{best['flex'] / native_ms:8.2f}" if "flex" in best else f"{'-':>8}")
     tqdm.write(f"| {label:46} | {' | '.join(cells)} |")
 
