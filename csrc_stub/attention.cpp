@@ -27,6 +27,7 @@ namespace {
 
 constexpr int64_t kBlockKeys = 64;
 static_assert(kBlockKeys % kLanes == 0);
+constexpr int64_t kMostHeadDim = 256;  // as torch_rpa/validation.py and attention_op.cpp check
 
 // State of a tile's rows: those of its first head, then those of the next.
 struct State {
@@ -143,9 +144,9 @@ Prefetch prefetch_of(const Problem& problem, const Tile& tile, const Block& next
       2 * (tile.end_head - tile.first_head)};
 }
 
-// Whether the tokens of keys i .. i + kLanes stand at even distances: on one page.
+// Whether keys i .. i + kLanes are all of the block and stand on one page, that is at even distances.
 bool on_one_page(const Problem& problem, const Block& block, int64_t i) {
-  return (block.first_key + i) % problem.page_size + kLanes <= problem.page_size;
+  return i + kLanes <= block.num_keys && (block.first_key + i) % problem.page_size + kLanes <= problem.page_size;
 }
 
 // [A] The keys of a head, transposed: as 32-bit words, which hold one to four elements, that are then taken apart.
@@ -194,7 +195,7 @@ void load_values(
   }
 }
 
-// [C] Scores of one matrix row for each query row and member of the group become weights.
+// [C] The scores of a head, a row for each query row and member of the group, become weights.
 void weigh(
     const Problem& problem, const Tile& tile, const Block& block, const State& state, int64_t state_row,
     float* scores) {
@@ -224,7 +225,7 @@ void attend_block(
   const int64_t head_dim = padded_head_dim(problem);
   const int64_t matrix_rows = tile.matrix_rows(problem.group());
   const int64_t padded_keys = round_up(block.num_keys, kLanes);
-  const float* b_rows[std::max<int64_t>(kBlockKeys, 256)];
+  const float* b_rows[std::max(kBlockKeys, kMostHeadDim)];
   for (int64_t head = tile.first_head; head < tile.end_head; ++head) {
     const int64_t state_row = (head - tile.first_head) * matrix_rows;
     load_keys<Page>(problem, block, head, scratch, prefetch);

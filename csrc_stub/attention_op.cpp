@@ -9,6 +9,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 
@@ -31,7 +32,8 @@ void check_q_and_pages(const at::Tensor& q, const at::Tensor& kv_pages) {
       ", or be float8_e4m3fn, float8_e5m2 or int8, got ", page_dtype);
   TORCH_CHECK_VALUE(q.dim() == 3, "q must be [num_tokens, num_q_heads, head_dim], got ", q.sizes());
   const int64_t head_dim = q.size(2);
-  TORCH_CHECK_VALUE(0 < head_dim && head_dim <= 256, "head_dim must be from 1 to 256, got ", head_dim);
+  TORCH_CHECK_VALUE(
+      head_dim % 8 == 0 && 0 < head_dim && head_dim <= 256, "head_dim must be a multiple of 8 up to 256, got ", head_dim);
   const bool by_head = kv_pages.dim() == 4 && kv_pages.size(2) % 2 == 0 && kv_pages.size(3) == head_dim;
   const bool flat = kv_pages.dim() == 3 && kv_pages.size(2) % (2 * head_dim) == 0;
   TORCH_CHECK_VALUE(
@@ -65,8 +67,10 @@ struct Call {
   Problem problem;
 };
 
+// Whether a token's heads follow each other, and tokens are whole 32-bit words apart.
 bool has_contiguous_tokens(const at::Tensor& kv_pages) {
-  return kv_pages.stride(-1) == 1 && (kv_pages.dim() == 3 || kv_pages.stride(2) == kv_pages.size(3));
+  return kv_pages.stride(-1) == 1 && (kv_pages.dim() == 3 || kv_pages.stride(2) == kv_pages.size(3)) &&
+      kv_pages.stride(1) * kv_pages.element_size() % sizeof(float) == 0;
 }
 
 void set_tensors(Call& call) {

@@ -147,7 +147,7 @@ def _prepare_cpu(args, options) -> AttentionOptions:
     return options
 
 
-@lru_cache(maxsize=256, typed=True)  # a served model has a handful of shapes; 1, 1.0 and True are different options
+@lru_cache(maxsize=256)  # a served model has a handful of shapes
 def _checked_options(specs, options) -> AttentionOptions:
     checked = AttentionOptions(**dict(options))
     check_static(dict(specs), checked)
