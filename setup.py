@@ -5,20 +5,55 @@ it. TORCH_RPA_REQUIRE_NATIVE=1 makes that an error. All metadata is in pyproject
 """
 
 import os
+import platform
 import shlex
 import shutil
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 NAME = "torch_rpa._C"
-SOURCES = ["csrc_stub/module.cpp", "csrc_stub/write_pages.cpp"]
+SOURCES = [
+    "csrc_stub/module.cpp",
+    "csrc_stub/attention_op.cpp",
+    "csrc_stub/run.cpp",
+    "csrc_stub/schedule.cpp",
+    "csrc_stub/kernel.cpp",
+    "csrc_stub/attention.cpp",
+    "csrc_stub/write_pages.cpp",
+]
+# attention.cpp is compiled again for each of these; which one runs is chosen at run time (csrc_stub/kernel.cpp).
+# The names and macros are those of ATen, whose vector types depend on them.
+KERNEL_SOURCE = "csrc_stub/attention.cpp"
+CPU_CAPABILITIES = {
+    "AVX2": ["-mavx2", "-mfma", "-mf16c"],
+    "AVX512": [
+        "-mprefer-vector-width=512",
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mavx2",
+        "-mfma",
+        "-mf16c",
+    ],
+}
 # Without OpenMP at::parallel_for would be a serial loop; in use, torch and the extension share one libgomp.
 # If maths functions had to set errno, std::lrint would be a library call for each element.
-COMPILE_FLAGS = ["-std=c++17", "-O3", "-g0", "-fopenmp", "-fno-math-errno"]
+# A division or comparison that could trap keeps the compiler from making vectors of a loop.
+COMPILE_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wno-unknown-pragmas",
+]
 LINK_FLAGS = ["-fopenmp"]
 
 
@@ -44,9 +79,14 @@ class OptionalBuildExt(build_ext):
         cpp_extension, torch_version = import_torch()
         check_toolchain(cpp_extension.get_cxx_compiler())
         self.distribution.ext_modules = [
-            cpp_extension.CppExtension(NAME, SOURCES, extra_compile_args=COMPILE_FLAGS, extra_link_args=LINK_FLAGS)
+            cpp_extension.CppExtension(
+                NAME,
+                SOURCES,
+                extra_compile_args=[*COMPILE_FLAGS, *capability_flags("DEFAULT")],
+                extra_link_args=LINK_FLAGS,
+            )
         ]
-        builder = cpp_extension.BuildExtension(self.distribution)
+        builder = build_for_each_capability(cpp_extension.BuildExtension)(self.distribution)
         builder.build_lib = self.build_lib
         builder.inplace = self.inplace
         builder.editable_mode = self.editable_mode
@@ -62,6 +102,39 @@ class OptionalBuildExt(build_ext):
         Path(self.build_lib, file_name).unlink(missing_ok=True)
         if self.editable_mode:
             Path(file_name).unlink(missing_ok=True)
+
+
+def capabilities():
+    """The vector units to compile for, beside every processor's own."""
+    return list(CPU_CAPABILITIES) if platform.machine().lower() in ("x86_64", "amd64") else []
+
+
+def capability_flags(name):
+    flags = [f"-DCPU_CAPABILITY={name}", f"-DCPU_CAPABILITY_{name}", *CPU_CAPABILITIES.get(name, [])]
+    return [*flags, "-DTORCH_RPA_X86"] if capabilities() else flags
+
+
+def build_for_each_capability(build_extension_class):
+    """torch's BuildExtension, which also links the kernel's objects for each vector unit."""
+
+    class BuildForEachCapability(build_extension_class):
+        def build_extension(self, ext):
+            with ThreadPoolExecutor() as pool:
+                objects = pool.map(lambda name: self.compile_kernel(ext, name), capabilities())
+                # They come last, so that of functions in several objects the linker takes the baseline's.
+                ext.extra_objects = [path for paths in objects for path in paths]
+            super().build_extension(ext)
+
+        def compile_kernel(self, ext, name):
+            return self.compiler.compile(
+                [KERNEL_SOURCE],
+                output_dir=str(Path(self.build_temp, name)),
+                include_dirs=ext.include_dirs,
+                extra_postargs=[*COMPILE_FLAGS, *capability_flags(name)],
+                depends=ext.depends,
+            )
+
+    return BuildForEachCapability
 
 
 def import_torch():

@@ -9,8 +9,9 @@
 // Token i's k goes to the K heads and its v to the V heads of row slots[i]. A negative slot marks a padding token,
 // whose k and v may hold anything, NaN included, and are not read.
 
+#include "write_pages.h"
+
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -164,6 +165,8 @@ at::Tensor with_contiguous_heads(const at::Tensor& x) {
   return x.size(2) <= 1 || x.stride(2) == 1 ? x : x.contiguous();
 }
 
+}  // namespace
+
 // ---- The operator ---------------------------------------------------------------------------------------------
 
 void write_kv_pages_(
@@ -190,7 +193,6 @@ void write_kv_pages_(
       static_cast<float>(v_scale));
 }
 
-}  // namespace
 }  // namespace torch_rpa
 
 TORCH_LIBRARY_IMPL(rpa_native, CPU, m) {

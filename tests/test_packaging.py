@@ -3,11 +3,13 @@
 import importlib.metadata
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -199,3 +201,16 @@ def test_required_extension_makes_a_failed_build_an_error(source_tree):
     )
     assert result.returncode != 0
     assert "the native extension of torch_rpa cannot be built" in result.stderr, result.stderr
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_the_extension_with_a_kernel_for_each_vector_unit(source_tree, tmp_path):
+    if shutil.which("g++") is None:
+        pytest.skip("there is no C++ compiler")
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", str(tmp_path), str(source_tree)]
+    run(*command, env={"TORCH_RPA_REQUIRE_NATIVE": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+    (wheel,) = tmp_path.glob("torch_rpa-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (library,) = [name for name in archive.namelist() if name.startswith("torch_rpa/_C.")]
+        assert b"AVX512" in archive.read(library) or platform.machine() != "x86_64"

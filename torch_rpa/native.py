@@ -12,7 +12,9 @@ import warnings
 
 import torch
 
-__all__ = ["is_available", "write_kv_pages_"]
+from torch_rpa.options import AttentionOptions
+
+__all__ = ["attend", "attend_update_", "is_available", "write_kv_pages_"]
 
 _lock = threading.Lock()
 _loaded: bool | None = None  # None until the first use in this process
@@ -28,6 +30,75 @@ def is_available() -> bool:
             if _loaded is None:
                 _loaded = _load()
     return _loaded
+
+
+def attend(
+    q: torch.Tensor,
+    kv_pages: torch.Tensor,
+    kv_lens: torch.Tensor,
+    page_indices: torch.Tensor,
+    cu_q_lens: torch.Tensor,
+    num_seqs: torch.Tensor,
+    sinks: torch.Tensor | None = None,
+    *,
+    options: AttentionOptions,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`torch_rpa.cpu.attend` by the native kernel. Call only if `is_available()`.
+
+    Args:
+        the op's, checked by `torch_rpa.validation`, any strides. Metadata may hold any values: those out of
+            range are brought into it. Block sizes among the options are for other devices.
+
+    Returns:
+        out, as q, and lse, float32 [num_tokens, num_q_heads].
+    """
+    return torch.ops.rpa_native.ragged_paged_attention(
+        q,
+        kv_pages,
+        kv_lens,
+        page_indices,
+        cu_q_lens,
+        num_seqs,
+        sinks,
+        options.score_scale,
+        options.value_scale,
+        options.causal,
+        _window(options),
+        options.soft_cap,
+    )
+
+
+def attend_update_(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv_pages: torch.Tensor,
+    kv_lens: torch.Tensor,
+    page_indices: torch.Tensor,
+    cu_q_lens: torch.Tensor,
+    num_seqs: torch.Tensor,
+    sinks: torch.Tensor | None = None,
+    *,
+    options: AttentionOptions,
+) -> torch.Tensor:
+    """`torch_rpa.cpu.attend_update_` by the native kernel: `write_kv_pages_`, then `attend`; returns out."""
+    return torch.ops.rpa_native.ragged_paged_attention_update_(
+        q,
+        k,
+        v,
+        kv_pages,
+        kv_lens,
+        page_indices,
+        cu_q_lens,
+        num_seqs,
+        sinks,
+        options.sm_scale,
+        1.0 if options.k_scale is None else options.k_scale,
+        options.value_scale,
+        options.causal,
+        _window(options),
+        options.soft_cap,
+    )
 
 
 def write_kv_pages_(
@@ -58,6 +129,11 @@ def write_kv_pages_(
         In each case nothing has been written.
     """
     torch.ops.rpa_native.write_kv_pages_(kv_pages, k, v, slots, k_scale, v_scale)
+
+
+def _window(options: AttentionOptions) -> int | None:
+    """The window, None where it is so long that it hides nothing (a Python integer may not fit in 64 bits)."""
+    return options.within(2**31).sliding_window
 
 
 def _load() -> bool:

@@ -12,10 +12,11 @@ The ops are for inference: they have no derivative, and say so at the call.
 """
 
 import os
+from functools import lru_cache
 
 import torch
 
-from torch_rpa import cpu
+from torch_rpa import cpu, native
 from torch_rpa.options import AttentionOptions
 from torch_rpa.validation import ArgSpec, check_metadata, check_static, dtype_name
 
@@ -134,17 +135,28 @@ def _value_checks_asked() -> bool:
 # CPU
 
 
+def _cpu_path():
+    """The module that runs a call: the native kernel, or Python where that is not built or turned off."""
+    return native if native.is_available() else cpu
+
+
 def _prepare_cpu(args, options) -> AttentionOptions:
-    options = AttentionOptions(**options)
-    check_static(_specs(args), options)
+    options = _checked_options(tuple(_specs(args).items()), tuple(options.items()))
     if _value_checks_asked():
         _check_values(args, options.sliding_window)
     return options
 
 
+@lru_cache(maxsize=256)  # a served model has a handful of shapes
+def _checked_options(specs, options) -> AttentionOptions:
+    checked = AttentionOptions(**dict(options))
+    check_static(dict(specs), checked)
+    return checked
+
+
 def _cpu_attention_with_lse(*tensors, **kwargs):
     args, options = _read_args(*tensors, **kwargs)
-    return cpu.attend(**args, options=_prepare_cpu(args, options))
+    return _cpu_path().attend(**args, options=_prepare_cpu(args, options))
 
 
 def _cpu_attention(*tensors, **kwargs):
@@ -159,7 +171,7 @@ def _cpu_attention_update_(*tensors, **kwargs):
             f"kv_pages must be contiguous to be written in place, got strides {args['kv_pages'].stride()} "
             f"for shape {list(args['kv_pages'].shape)}"
         )
-    return cpu.attend_update_(**args, options=options)
+    return _cpu_path().attend_update_(**args, options=options)
 
 
 def _cpu_attention_update(q, k, v, kv_pages, *metadata, **kwargs):

@@ -1,0 +1,325 @@
+// Attention of one tile of rows over a range of keys; setup.py compiles this file once for each kind of vector unit.
+//
+// For each block of keys, and each KV head of the tile:
+//
+//        keys of the head, on pages              [block keys, head_dim], any page dtype
+//    [A] load as float32, transposed             [head_dim, block keys]
+//    [B] scores = q keys^T                       [matrix rows, block keys]
+//    [C] soft cap, mask, online softmax          scores become weights; sums of earlier blocks shrink
+//    [D] load the values as float32              [block keys, head_dim]; read in place if they are that already
+//    [E] sums += weights values                  [matrix rows, head_dim]
+//
+// The rows of a matrix are the tile's query rows times the query heads that share the KV head. Keys that no row of the
+// tile sees are never touched: not even multiplied by a weight of 0, which would make NaN of NaN.
+
+#include "kernel.h"
+#include "matmul.h"
+#include "pages.h"
+#include "prefetch.h"
+#include "softmax.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace torch_rpa {
+namespace CPU_CAPABILITY {
+namespace {
+
+constexpr int64_t kBlockKeys = 64;
+static_assert(kBlockKeys % kLanes == 0);
+constexpr int64_t kMostHeadDim = 256;  // as torch_rpa/validation.py and attention_op.cpp check
+
+// State of a tile's rows: those of its first head, then those of the next.
+struct State {
+  RowState* rows;
+  float* sums;  // [state rows, stride]
+  int64_t stride;
+};
+
+struct Scratch {
+  float* q;       // [state rows, padded head_dim]
+  float* sums;    // [state rows, padded head_dim]
+  RowState* rows; // [state rows]
+  float* keys;    // [padded head_dim, kBlockKeys]
+  float* tokens;  // [kBlockKeys, padded head_dim]: keys before they are transposed, values
+  float* copies;  // [kLanes, padded head_dim]: keys that do not stand on one page
+  float* scores;  // [matrix rows, kBlockKeys]
+};
+
+int64_t padded_head_dim(const Problem& problem) {
+  return round_up(problem.head_dim, kLanes);
+}
+
+// Lays out scratch memory from `memory`; returns how many floats that takes.
+int64_t lay_out(const Problem& problem, float* memory, Scratch& scratch) {
+  const int64_t head_dim = padded_head_dim(problem);
+  const int64_t state_rows = most_state_rows(problem);
+  float* next = memory;
+  const auto take = [&](int64_t floats) {
+    float* const start = next;
+    next += round_up(floats, 16);  // a cache line
+    return start;
+  };
+  scratch.q = take(state_rows * head_dim);
+  scratch.sums = take(state_rows * head_dim);
+  scratch.rows = reinterpret_cast<RowState*>(take(state_rows * 2));
+  scratch.keys = take(head_dim * kBlockKeys);
+  scratch.tokens = take(kBlockKeys * head_dim);
+  scratch.copies = take(kLanes * head_dim);
+  scratch.scores = take(most_matrix_rows(problem) * kBlockKeys);
+  return next - memory;
+}
+
+int64_t scratch_floats(const Problem& problem) {
+  Scratch scratch;
+  return lay_out(problem, nullptr, scratch);
+}
+
+// Calls function(head, query row, query head, state row) for every state row of the tile.
+template <typename Function>
+void for_each_row(const Problem& problem, const Tile& tile, const Function& function) {
+  const int64_t group = problem.group();
+  int64_t state_row = 0;
+  for (int64_t head = tile.first_head; head < tile.end_head; ++head) {
+    for (int64_t row = 0; row < tile.num_rows; ++row) {
+      for (int64_t member = 0; member < group; ++member) {
+        function(tile.first_row + row, head * group + member, state_row++);
+      }
+    }
+  }
+}
+
+// ---- Before the first block -----------------------------------------------------------------------------------
+
+// q as float32, times the scale of the scores.
+void load_q(const Problem& problem, const Tile& tile, float* out) {
+  const int64_t stride = padded_head_dim(problem);
+  with_type(problem.dtype, [&](auto type) {
+    const auto* q = static_cast<const decltype(type)*>(problem.q);
+    for_each_row(problem, tile, [&](int64_t row, int64_t q_head, int64_t state_row) {
+      float* const out_row = out + state_row * stride;
+      load_row(q + row * problem.q_token_stride + q_head * problem.q_head_stride, out_row, problem.head_dim);
+      scale_row(out_row, stride, problem.score_scale);
+    });
+  });
+}
+
+// No key yet; a sink is a logit without a value, and counts in the first item of a tile.
+void start_state(const Problem& problem, const Tile& tile, bool with_sinks, const State& state) {
+  for_each_row(problem, tile, [&](int64_t, int64_t q_head, int64_t state_row) {
+    const float sink = with_sinks ? problem.sinks[q_head] : kMinusInfinity;
+    state.rows[state_row] = {sink, sink == kMinusInfinity ? 0.0f : 1.0f};
+    std::fill_n(state.sums + state_row * state.stride, state.stride, 0.0f);
+  });
+}
+
+// ---- One block of keys ----------------------------------------------------------------------------------------
+
+struct Block {
+  int64_t first_key;
+  int64_t num_keys;
+  const char* tokens[kBlockKeys];  // where each key's token stands on the pages
+};
+
+// The block of keys from first_key on: up to a multiple of kBlockKeys, or to end_key.
+Block locate(const Problem& problem, const Tile& tile, int64_t first_key, int64_t end_key) {
+  const int64_t element_bytes = c10::elementSize(problem.page_dtype);
+  Block block;
+  block.first_key = first_key;
+  block.num_keys = std::min(end_key, first_key / kBlockKeys * kBlockKeys + kBlockKeys) - first_key;
+  for (int64_t i = 0; i < block.num_keys; ++i) {
+    const int64_t key = first_key + i;
+    const int64_t page = std::clamp<int64_t>(tile.pages[key / problem.page_size], 0, problem.num_pages - 1);
+    const int64_t offset = page * problem.page_stride + key % problem.page_size * problem.slot_stride;
+    block.tokens[i] = static_cast<const char*>(problem.kv_pages) + offset * element_bytes;
+  }
+  return block;
+}
+
+// Two steps for each key and head, one when the key is loaded and one when the value is.
+Prefetch prefetch_of(const Problem& problem, const Tile& tile, const Block& next) {
+  const int64_t head_bytes = 2 * problem.head_dim * c10::elementSize(problem.page_dtype);
+  return {
+      next.tokens, next.num_keys, tile.first_head * head_bytes, tile.end_head * head_bytes, /*steps_per_token=*/
+      2 * (tile.end_head - tile.first_head)};
+}
+
+// Whether keys i .. i + kLanes are all of the block and stand on one page, that is at even distances.
+bool on_one_page(const Problem& problem, const Block& block, int64_t i) {
+  return i + kLanes <= block.num_keys && (block.first_key + i) % problem.page_size + kLanes <= problem.page_size;
+}
+
+// [A] The keys of a head, transposed: as 32-bit words, which hold one to four elements, that are then taken apart.
+// Columns past the last key hold anything, and so do the scores that come of them.
+template <typename Page>
+void load_keys(const Problem& problem, const Block& block, int64_t head, const Scratch& scratch, Prefetch& prefetch) {
+  const int64_t num_words = problem.head_dim * sizeof(Page) / sizeof(float);
+  float* const words = std::is_same_v<Page, float> ? scratch.keys : scratch.tokens;
+  for (int64_t i = 0; i < block.num_keys; i += kLanes) {
+    const int64_t head_bytes = 2 * head * problem.head_dim * sizeof(Page);
+    const char* in = block.tokens[i] + head_bytes;
+    int64_t stride = problem.slot_stride * sizeof(Page) / sizeof(float);
+    if (!on_one_page(problem, block, i)) {
+      const int64_t last = std::min(i + kLanes, block.num_keys);
+      for (int64_t j = i; j < last; ++j) {
+        std::memcpy(scratch.copies + (j - i) * num_words, block.tokens[j] + head_bytes, num_words * sizeof(float));
+      }
+      in = reinterpret_cast<const char*>(scratch.copies);
+      stride = num_words;
+    }
+    prefetch.advance(kLanes);
+    transpose_words(reinterpret_cast<const float*>(in), stride, words + i, kBlockKeys, num_words);
+  }
+  if constexpr (!std::is_same_v<Page, float>) {
+    expand_words<Page>(words, scratch.keys, kBlockKeys, num_words, round_up(block.num_keys, kLanes));
+  }
+}
+
+// [D] The values of a head: fills `rows` with where each stands.
+template <typename Page>
+void load_values(
+    const Problem& problem, const Block& block, int64_t head, const Scratch& scratch, const float** rows,
+    Prefetch& prefetch) {
+  const int64_t head_dim = problem.head_dim, stride = padded_head_dim(problem);
+  for (int64_t i = 0; i < block.num_keys; ++i) {
+    prefetch.advance(1);
+    const Page* const value = reinterpret_cast<const Page*>(block.tokens[i]) + (2 * head + 1) * head_dim;
+    if constexpr (std::is_same_v<Page, float>) {
+      if (head_dim == stride) {
+        rows[i] = value;
+        continue;
+      }
+    }
+    load_row(value, scratch.tokens + i * stride, head_dim);
+    rows[i] = scratch.tokens + i * stride;
+  }
+}
+
+// [C] The scores of a head, a row for each query row and member of the group, become weights.
+void weigh(
+    const Problem& problem, const Tile& tile, const Block& block, const State& state, int64_t state_row,
+    float* scores) {
+  const int64_t group = problem.group();
+  const int64_t padded_keys = round_up(block.num_keys, kLanes);
+  for (int64_t row = 0; row < tile.num_rows; ++row) {
+    const KeyRange seen = visible_keys(problem, tile.first_position + row, tile.kv_len);
+    const int64_t first = std::clamp<int64_t>(seen.first - block.first_key, 0, block.num_keys);
+    const int64_t end = std::clamp<int64_t>(seen.end - block.first_key, first, block.num_keys);
+    for (int64_t member = 0; member < group; ++member, ++state_row, scores += kBlockKeys) {
+      if (problem.soft_cap != 0) {
+        cap_scores(scores, padded_keys, problem.soft_cap);
+      }
+      hide_outside(scores, first, end, padded_keys);
+      const float decay = online_softmax(state.rows[state_row], scores, padded_keys);
+      if (decay != 1.0f) {
+        scale_row(state.sums + state_row * state.stride, state.stride, decay);
+      }
+    }
+  }
+}
+
+template <typename Page>
+void attend_block(
+    const Problem& problem, const Tile& tile, const Block& block, const Scratch& scratch, const State& state,
+    Prefetch& prefetch) {
+  const int64_t head_dim = padded_head_dim(problem);
+  const int64_t matrix_rows = tile.matrix_rows(problem.group());
+  const int64_t padded_keys = round_up(block.num_keys, kLanes);
+  const float* b_rows[std::max(kBlockKeys, kMostHeadDim)];
+  for (int64_t head = tile.first_head; head < tile.end_head; ++head) {
+    const int64_t state_row = (head - tile.first_head) * matrix_rows;
+    load_keys<Page>(problem, block, head, scratch, prefetch);
+    for (int64_t d = 0; d < problem.head_dim; ++d) {
+      b_rows[d] = scratch.keys + d * kBlockKeys;
+    }
+    multiply(
+        scratch.q + state_row * head_dim, head_dim, b_rows, scratch.scores, kBlockKeys, matrix_rows,
+        problem.head_dim, padded_keys, /*add=*/false);
+    weigh(problem, tile, block, state, state_row, scratch.scores);
+    load_values<Page>(problem, block, head, scratch, b_rows, prefetch);
+    multiply(
+        scratch.scores, kBlockKeys, b_rows, state.sums + state_row * state.stride, state.stride, matrix_rows,
+        block.num_keys, head_dim, /*add=*/true);
+  }
+}
+
+// ---- After the last block -------------------------------------------------------------------------------------
+
+void finish(const Problem& problem, const Tile& tile, const State& state) {
+  with_type(problem.dtype, [&](auto type) {
+    using Out = decltype(type);
+    Out* const out = static_cast<Out*>(problem.out);
+    for_each_row(problem, tile, [&](int64_t row, int64_t q_head, int64_t state_row) {
+      const auto [top, sum] = state.rows[state_row];
+      const int64_t place = row * problem.num_q_heads + q_head;
+      const float* const sums = state.sums + state_row * state.stride;
+      const float scale = sum == 0.0f ? 0.0f : problem.value_scale / sum;
+      for (int64_t d = 0; d < problem.head_dim; ++d) {
+        out[place * problem.head_dim + d] = static_cast<Out>(sums[d] * scale);
+      }
+      problem.lse[place] = top + std::log(sum);
+    });
+  });
+}
+
+// The place of an item's partial result.
+State partial_state(const Problem& problem, const Tile& tile, int64_t item, float* partials) {
+  const int64_t state_rows = tile.state_rows(problem.group());
+  float* const start = partials + tile.partial + item * state_rows * (problem.head_dim + 2);
+  return {reinterpret_cast<RowState*>(start), start + 2 * state_rows, problem.head_dim};
+}
+
+void save(const Problem& problem, const Tile& tile, const State& from, const State& to) {
+  const int64_t state_rows = tile.state_rows(problem.group());
+  std::copy_n(from.rows, state_rows, to.rows);
+  for (int64_t row = 0; row < state_rows; ++row) {
+    std::copy_n(from.sums + row * from.stride, problem.head_dim, to.sums + row * to.stride);
+  }
+}
+
+void attend(const Problem& problem, const Tile& tile, int64_t item, float* partials, float* memory) {
+  Scratch scratch;
+  lay_out(problem, memory, scratch);
+  const State state{scratch.rows, scratch.sums, padded_head_dim(problem)};
+  load_q(problem, tile, scratch.q);
+  start_state(problem, tile, problem.sinks != nullptr && item == 0, state);
+
+  const int64_t first_key = tile.first_key + item * tile.keys_per_item;
+  const int64_t end_key = std::min(tile.end_key, first_key + tile.keys_per_item);
+  with_type(problem.page_dtype, [&](auto type) {
+    Block block = locate(problem, tile, first_key, end_key);
+    while (block.num_keys > 0) {
+      const Block next = locate(problem, tile, block.first_key + block.num_keys, end_key);
+      Prefetch prefetch = prefetch_of(problem, tile, next);
+      attend_block<decltype(type)>(problem, tile, block, scratch, state, prefetch);
+      block = next;
+    }
+  });
+  if (tile.num_items == 1) {
+    finish(problem, tile, state);
+  } else {
+    save(problem, tile, state, partial_state(problem, tile, item, partials));
+  }
+}
+
+void merge(const Problem& problem, const Tile& tile, float* partials) {
+  const int64_t state_rows = tile.state_rows(problem.group());
+  const State into = partial_state(problem, tile, 0, partials);
+  for (int64_t item = 1; item < tile.num_items; ++item) {
+    const State from = partial_state(problem, tile, item, partials);
+    for (int64_t row = 0; row < state_rows; ++row) {
+      merge_rows(
+          into.rows[row], into.sums + row * into.stride, from.rows[row], from.sums + row * from.stride,
+          problem.head_dim);
+    }
+  }
+  finish(problem, tile, into);
+}
+
+}  // namespace
+
+extern const Kernel kernel;
+const Kernel kernel{scratch_floats, attend, merge};
+
+}  // namespace CPU_CAPABILITY
+}  // namespace torch_rpa

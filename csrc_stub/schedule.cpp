@@ -1,0 +1,109 @@
+#include "schedule.h"
+
+#include <algorithm>
+
+namespace torch_rpa {
+namespace {
+
+// Rows of a tile's matrix (query rows times query heads per KV head). A block of keys is loaded once for each tile, so
+// that many rows make its cost small; scores and sums of this many stay in the second-level cache.
+constexpr int64_t kMatrixRows = 192;
+// Rows of all the heads of a tile. Decode takes all heads at once, and so reads whole tokens from end to end.
+constexpr int64_t kStateRows = 256;
+// Items for each sequence, about: enough for the cores of a large machine when it is alone.
+constexpr int64_t kItemsPerSequence = 64;
+// Fewer keys than this are not worth the merge of one more partial result.
+constexpr int64_t kKeysPerItem = 256;
+// Partial results in memory at once: 32 MiB.
+constexpr int64_t kPartialFloatsPerWave = int64_t{8} << 20;
+
+int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// Cuts the tile's keys into items of equal length, whole multiples of kKeysPerItem.
+void split_keys(Tile& tile, int64_t most_items) {
+  const int64_t num_keys = tile.end_key - tile.first_key;
+  const int64_t units = std::max<int64_t>(1, divide_up(num_keys, kKeysPerItem));
+  tile.keys_per_item = divide_up(units, std::min(units, most_items)) * kKeysPerItem;
+  tile.num_items = std::max<int64_t>(1, divide_up(num_keys, tile.keys_per_item));
+}
+
+std::vector<Tile> tiles_of(const Problem& problem, const Sequence& sequence) {
+  const int64_t group = problem.group();
+  const int64_t tile_rows = std::min(sequence.q_len, std::max<int64_t>(1, kMatrixRows / group));
+  const int64_t tile_heads =
+      std::clamp<int64_t>(kStateRows / (tile_rows * group), 1, problem.num_kv_heads);
+  const int64_t num_tiles = divide_up(sequence.q_len, tile_rows) * divide_up(problem.num_kv_heads, tile_heads);
+  const int64_t most_items = std::max<int64_t>(1, kItemsPerSequence / num_tiles);
+
+  std::vector<Tile> tiles;
+  for (int64_t head = 0; head < problem.num_kv_heads; head += tile_heads) {
+    for (int64_t row = 0; row < sequence.q_len; row += tile_rows) {
+      Tile tile{};
+      tile.pages = sequence.pages;
+      tile.first_row = sequence.first_row + row;
+      tile.num_rows = std::min(tile_rows, sequence.q_len - row);
+      tile.first_position = sequence.kv_len - sequence.q_len + row;
+      tile.kv_len = sequence.kv_len;
+      tile.first_head = head;
+      tile.end_head = std::min(head + tile_heads, problem.num_kv_heads);
+      tile.first_key = visible_keys(problem, tile.first_position, sequence.kv_len).first;
+      tile.end_key = visible_keys(problem, tile.first_position + tile.num_rows - 1, sequence.kv_len).end;
+      tile.end_key = std::max(tile.first_key, tile.end_key);
+      split_keys(tile, most_items);
+      tiles.push_back(tile);
+    }
+  }
+  return tiles;
+}
+
+}  // namespace
+
+int64_t most_matrix_rows(const Problem& problem) {
+  return std::max(kMatrixRows, problem.group());
+}
+
+int64_t most_state_rows(const Problem& problem) {
+  return std::max(kStateRows, most_matrix_rows(problem));
+}
+
+std::vector<Sequence> active_sequences(const Problem& problem) {
+  const int64_t count = std::clamp<int64_t>(*problem.num_seqs, 0, problem.max_num_seqs);
+  const int64_t max_kv_len = problem.pages_per_seq * problem.page_size;
+  std::vector<Sequence> sequences;
+  int64_t first_row = std::clamp<int64_t>(problem.cu_q_lens[0], 0, problem.num_tokens);
+  for (int64_t s = 0; s < count; ++s) {
+    const int64_t end_row = std::clamp<int64_t>(problem.cu_q_lens[s + 1], first_row, problem.num_tokens);
+    const int64_t kv_len = std::clamp<int64_t>(problem.kv_lens[s], 0, max_kv_len);
+    sequences.push_back({first_row, end_row - first_row, kv_len, problem.page_indices + s * problem.pages_per_seq});
+    first_row = end_row;
+  }
+  return sequences;
+}
+
+std::vector<Wave> plan(const Problem& problem, const std::vector<Sequence>& sequences) {
+  std::vector<Wave> waves(1);
+  for (const Sequence& sequence : sequences) {
+    if (sequence.q_len == 0) {
+      continue;
+    }
+    for (Tile tile : tiles_of(problem, sequence)) {
+      const int64_t item_floats = tile.state_rows(problem.group()) * (problem.head_dim + 2);
+      const int64_t partial_floats = tile.num_items > 1 ? tile.num_items * item_floats : 0;
+      if (waves.back().partial_floats + partial_floats > kPartialFloatsPerWave && !waves.back().tiles.empty()) {
+        waves.emplace_back();
+      }
+      Wave& wave = waves.back();
+      tile.partial = wave.partial_floats;
+      wave.partial_floats += partial_floats;
+      for (int64_t index = 0; index < tile.num_items; ++index) {
+        wave.items.push_back({static_cast<int64_t>(wave.tiles.size()), index});
+      }
+      wave.tiles.push_back(tile);
+    }
+  }
+  return waves;
+}
+
+}  // namespace torch_rpa
