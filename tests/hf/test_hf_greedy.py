@@ -19,12 +19,29 @@ def test_prompt_longer_than_a_step_gives_the_same_tokens_as_in_one_piece():
     assert in_chunks == in_one_piece == plain_greedy(hf.unpatch(model), prompts, 8)
 
 
-def test_requests_wait_when_pages_run_out():
+def test_preempted_requests_are_computed_again_and_answered_rightly(device):
     model, prompts = make_model(), make_prompts(20, 30, 10, 25, 40, 5)
-    expected = plain_greedy(model, prompts, 10)
-    hf.patch(model, page_size=8, num_pages=7, max_num_seqs=4, token_buckets=(4, 32))
-    assert tokens(model.generate_batch(prompts, max_new_tokens=10)) == expected
-    assert engine_of(model).allocator.num_free == 7
+    expected = plain_greedy(model, prompts, 20)
+    hf.patch(model.to(device), page_size=8, num_pages=8, max_num_seqs=4, token_buckets=(4, 32))
+    assert tokens(model.generate_batch(prompts, max_new_tokens=20)) == expected
+    assert engine_of(model).scheduler.stats.num_preemptions > 0
+    assert engine_of(model).allocator.num_free == 8
+
+
+def test_a_shared_prefix_changes_no_bit_of_any_result(device):
+    """With one bucket all steps are one program, and a row's bits do not depend on its company."""
+    system = make_prompts(40)[0]
+    prompts = [system + question for question in make_prompts(3, 9, 1, 30, 12, 7, seed=1)]
+    results = []
+    for prefix_caching in (False, True):
+        model = make_model().to(device)
+        hf.patch(model, page_size=8, max_num_seqs=2, token_buckets=(32,), prefix_caching=prefix_caching)
+        outputs = model.generate_batch(prompts, GenerationConfig(max_new_tokens=8)).values()
+        results.append([(output.generated_tokens, output.logprobs) for output in outputs])
+        hit_rate = engine_of(model).scheduler.stats.prefix_hit_rate
+        assert hit_rate > 0.4 if prefix_caching else hit_rate == 0
+    assert results[0] == results[1]
+    assert [answer for answer, _ in results[0]] == plain_greedy(make_model(), prompts, 8)
 
 
 def test_finished_sequences_are_replaced_in_the_next_step():

@@ -1,48 +1,17 @@
-"""The paged KV cache: pages on the device, and who owns which."""
+"""The paged KV cache: an array of pages for each layer, on the device."""
 
 import logging
-from collections.abc import Iterable
 
 import torch
 
 import torch_rpa
 from torch_rpa.hf.config import EngineConfig
+from torch_rpa.hf.page_allocator import pages_for
 
 logger = logging.getLogger(__name__)
 
 # With num_pages=None the pool holds max_num_seqs sequences of this many tokens (or of the model's own limit).
 DEFAULT_TOKENS_PER_SEQ = 1024
-
-
-class PageAllocator:
-    """Hands out page numbers 0 .. num_pages - 1; each belongs to one owner until it is freed."""
-
-    def __init__(self, num_pages: int) -> None:
-        self.num_pages = num_pages
-        # Taken from the end, so that page 0 goes first and just freed pages are used again while still in
-        # caches.
-        self._free = list(range(num_pages - 1, -1, -1))
-        self._owned: set[int] = set()
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
-
-    def allocate(self, count: int) -> list[int]:
-        """`count` pages that nobody owns. Raises ValueError if fewer are free; then nothing is taken."""
-        if not 0 <= count <= self.num_free:
-            raise ValueError(f"allocate: {count=} of {self.num_free} free pages ({self.num_pages} in all)")
-        pages = [self._free.pop() for _ in range(count)]
-        self._owned.update(pages)
-        return pages
-
-    def free(self, pages: Iterable[int]) -> None:
-        """Give pages back. Raises ValueError, and frees nothing, if one is not owned or stands there twice."""
-        pages = list(pages)
-        if len(set(pages)) < len(pages) or not self._owned.issuperset(pages):
-            raise ValueError(f"free: {pages} holds a page twice, or one that nobody owns (freed twice?)")
-        self._owned.difference_update(pages)
-        self._free.extend(reversed(pages))
 
 
 class PagedKVCache:
@@ -97,11 +66,6 @@ def num_kv_heads_of(model_config) -> int:
     if getattr(model_config, "multi_query", False):
         return 1
     return getattr(model_config, "num_key_value_heads", None) or model_config.num_attention_heads
-
-
-def pages_for(num_tokens: int, page_size: int) -> int:
-    """Pages that num_tokens tokens fill."""
-    return -(-num_tokens // page_size)
 
 
 def pool_pages(model_config, config: EngineConfig) -> int:

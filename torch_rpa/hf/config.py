@@ -25,6 +25,7 @@ class EngineConfig:
     token_buckets   rising row counts; a step is padded to the smallest that holds it. The first should be at
                     least max_num_seqs, so that pure decoding uses it, and the last bounds a prefill chunk
     kv_dtype        dtype of the pages: None (the model's), torch.float8_e4m3fn or torch.float8_e5m2
+    prefix_caching  requests with a common prefix share the full pages of it
 
     Raises ValueError for a value out of range and NotImplementedError for a kv_dtype the engine cannot fill.
     """
@@ -34,6 +35,7 @@ class EngineConfig:
     max_num_seqs: int = 8
     token_buckets: tuple[int, ...] = DEFAULT_TOKEN_BUCKETS
     kv_dtype: torch.dtype | None = None
+    prefix_caching: bool = True
 
     def __post_init__(self) -> None:
         problems = [*self._problems_with_counts(), *self._problems_with_buckets()]

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from torch_rpa.hf.cache import PageAllocator, pages_for
 from torch_rpa.hf.config import EngineConfig
+from torch_rpa.hf.page_allocator import PageAllocator, pages_for
 from torch_rpa.hf.runner import ModelRunner
 from torch_rpa.hf.sampling import GREEDY, SamplingParams
-from torch_rpa.hf.scheduler import Scheduler, Sequence
+from torch_rpa.hf.scheduler import Scheduler
+from torch_rpa.hf.sequence import Sequence
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Engine:
     def __init__(self, model, config: EngineConfig) -> None:
         self.config = config
         self.runner = ModelRunner(model, config)
-        self.allocator = PageAllocator(self.runner.num_pages)
+        self.allocator = PageAllocator(self.runner.num_pages, prefix_caching=config.prefix_caching)
         self.scheduler = Scheduler(
             self.allocator,
             page_size=config.page_size,
@@ -93,6 +94,8 @@ class Engine:
 
     def step(self) -> list[TokenEvent]:
         """One launch over every running sequence; the tokens it gave (none for an unfinished prompt)."""
+        if self.runner.needs_new_cache:
+            self.scheduler.restart()
         chunks = self.scheduler.schedule()
         if not chunks:
             return []
@@ -101,12 +104,12 @@ class Engine:
         events = []
         for chunk, token in zip(chunks, tokens, strict=True):
             sequence, samples = chunk.sequence, chunk.samples
-            sequence.num_cached += chunk.num_tokens
+            self.scheduler.advance(chunk)
             if samples:
                 sequence.generated_tokens.append(token)
                 events.append(TokenEvent(sequence, token, sequence.is_finished))
                 if sequence.is_finished:
-                    self.scheduler.finish(sequence)
+                    self.scheduler.remove(sequence)
         return events
 
     def run(self) -> Iterator[TokenEvent]:

@@ -10,7 +10,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from torch_rpa.hf.engine import Engine
 from torch_rpa.hf.generation_config import RequestParams, resolve
-from torch_rpa.hf.scheduler import Sequence
+from torch_rpa.hf.sequence import Sequence
 from torch_rpa.hf.state import engine_of, state_of
 
 # Keywords of transformers' own generate_batch that have no meaning here, and what to do instead.

@@ -5,8 +5,9 @@ import torch
 
 from torch_rpa.hf import attention
 from torch_rpa.hf.batch import BatchLayout
-from torch_rpa.hf.cache import PagedKVCache, pages_for, pool_pages
+from torch_rpa.hf.cache import PagedKVCache, pool_pages
 from torch_rpa.hf.config import EngineConfig
+from torch_rpa.hf.page_allocator import pages_for
 from torch_rpa.hf.sampling import GREEDY, pack_sampling, sample, sample_greedy
 from torch_rpa.hf.scheduler import Chunk
 
@@ -48,6 +49,18 @@ class ModelRunner:
             bridge.run_pending([*cache.layers, tokens])
         return tokens.tolist()[: len(chunks)]
 
+    @property
+    def needs_new_cache(self) -> bool:
+        """Whether there is no cache yet, or the model's device or dtype has changed since it was made."""
+        if self._cache is None:
+            return True
+        pages = self._cache.layers[0]
+        return (pages.device, pages.dtype) != (self.model.device, self._kv_dtype)
+
+    @property
+    def _kv_dtype(self) -> torch.dtype:
+        return self.config.kv_dtype or self.model.dtype
+
     def drop_cache(self) -> None:
         """Let the pages go: after a failure they may hang on half of a traced step."""
         self._cache = None
@@ -81,10 +94,7 @@ class ModelRunner:
         return self._upload(pack_sampling(params, uniforms, self.config.max_num_seqs))
 
     def _ready_cache(self) -> PagedKVCache:
-        """The cache in the model's dtype, on its device; made at first use or when the model has changed since."""
-        dtype = self.config.kv_dtype or self.model.dtype
-        pages = None if self._cache is None else self._cache.layers[0]
-        if pages is None or (pages.device, pages.dtype) != (self.model.device, dtype):
-            pages = self._cache = None  # free the old pages before new ones are made
-            self._cache = PagedKVCache(self.model, self.num_pages, self.config.page_size, dtype)
+        if self.needs_new_cache:
+            self._cache = None  # free the old pages before new ones are made
+            self._cache = PagedKVCache(self.model, self.num_pages, self.config.page_size, self._kv_dtype)
         return self._cache
