@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_models import make_model, make_prompts, plain_greedy, tokens
 from transformers import GenerationConfig
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
 from torch_rpa import hf
@@ -36,7 +37,8 @@ def test_a_shared_prefix_changes_no_bit_of_any_result(device):
     for prefix_caching in (False, True):
         model = make_model().to(device)
         hf.patch(model, page_size=8, max_num_seqs=2, token_buckets=(32,), prefix_caching=prefix_caching)
-        outputs = model.generate_batch(prompts, GenerationConfig(max_new_tokens=8)).values()
+        with_logprobs = ContinuousBatchingConfig(return_logprobs=True)
+        outputs = model.generate_batch(prompts, None, with_logprobs, max_new_tokens=8).values()
         results.append([(output.generated_tokens, output.logprobs) for output in outputs])
         hit_rate = engine_of(model).scheduler.stats.prefix_hit_rate
         assert hit_rate > 0.4 if prefix_caching else hit_rate == 0

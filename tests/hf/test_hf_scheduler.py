@@ -33,7 +33,7 @@ def finish_chunk(scheduler: Scheduler, chunk: Chunk, token: int) -> None:
     samples = chunk.samples
     scheduler.advance(chunk)
     if samples:
-        chunk.sequence.generated_tokens.append(token)
+        chunk.sequence.append(token, 0.0)
         if chunk.sequence.is_finished:
             scheduler.remove(chunk.sequence)
 

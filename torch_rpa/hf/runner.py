@@ -64,9 +64,7 @@ class ModelRunner:
         """Let the pages go: after a failure they may hang on half of a traced step."""
         self._cache = None
 
-    def _run(
-        self, layout: BatchLayout, chunks: list[Chunk], rows: list[SampleRow] | None
-    ) -> list[tuple[int, float]]:
+    def _run(self, layout: BatchLayout, chunks: list[Chunk], rows: list[SampleRow] | None) -> list[tuple[int, float]]:
         self._check_attention()
         cache = self._ready_cache()
         packed = self._upload(layout.pack(chunks))

@@ -24,10 +24,11 @@ UNDECIDED = -1
 class SamplingParams:
     """How one sequence chooses its tokens.
 
-    repetition_penalty > 0 divides the positive logits of tokens seen so far, prompt included, and multiplies the negative
-    ones. Without do_sample the most likely token is taken then; otherwise temperature > 0 divides the logits; top_k keeps
-    the k most likely tokens (0: all); top_p keeps the smallest set of most likely tokens whose probabilities sum to at
-    least top_p (1.0: all). Tokens that tie with the last one kept stay. Raises ValueError when out of range.
+    repetition_penalty > 0 divides the positive logits of tokens seen so far, prompt included, and multiplies the
+    negative ones. Without do_sample the most likely token is taken then; otherwise temperature > 0 divides the logits;
+    top_k keeps the k most likely tokens (0: all); top_p keeps the smallest set of most likely tokens whose
+    probabilities sum to at least top_p (1.0: all). Tokens that tie with the last one kept stay. Raises ValueError when
+    out of range.
     """
 
     do_sample: bool = False
