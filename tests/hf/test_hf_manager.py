@@ -61,7 +61,12 @@ def test_streaming_gives_an_output_for_each_token(manager):
 
 def test_each_request_has_its_own_parameters(manager):
     (prompt,) = make_prompts(7)
-    wanted = [{}, {"do_sample": True, "temperature": 3.0, "seed": 3}, {"repetition_penalty": 1.8}, {"eos_token_id": 5, "max_new_tokens": 9}]
+    wanted = [
+        {},
+        {"do_sample": True, "temperature": 3.0, "seed": 3},
+        {"repetition_penalty": 1.8},
+        {"eos_token_id": 5, "max_new_tokens": 9},
+    ]
     ids = [manager.add_request(prompt, **{"max_new_tokens": 12, **one}) for one in wanted]
     together = [manager.get_result(request_id, timeout=60).generated_tokens for request_id in ids]
     alone = [

@@ -63,7 +63,7 @@ def processed(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
 
 def unpacked(rows: list[SampleRow], vocab_size: int, device="cpu") -> SampleInputs:
     layout = SampleLayout(len(rows), vocab_size)
-    return layout.unpack(torch.from_numpy(layout.pack(rows)).to(device))
+    return layout.unpack(*(torch.from_numpy(array).to(device) for array in layout.pack(rows)))
 
 
 def rows_of(params: list[SamplingParams], vocab_size: int, uniform: float = 0.0) -> list[SampleRow]:
@@ -72,7 +72,7 @@ def rows_of(params: list[SamplingParams], vocab_size: int, uniform: float = 0.0)
 
 def chosen(result: torch.Tensor) -> tuple[list[int], torch.Tensor]:
     tokens, logprobs = result.cpu()
-    return tokens.tolist(), logprobs.view(torch.float32)
+    return tokens.int().tolist(), logprobs
 
 
 @pytest.mark.parametrize(("vocab_size", "num_candidates"), [(13, 1024), (1000, 1024), (1000, 300)])
@@ -119,6 +119,16 @@ def test_tokens_that_tie_with_the_last_of_top_k_stay():
     logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 0.0]])
     _, weights, _ = filtered(logits, unpacked([SampleRow(sampled(top_k=2))], 5), 5)
     assert (weights[0] > 0).nonzero()[:, 0].tolist() == [1, 2, 3]
+
+
+def test_every_token_of_a_bitmap_arrives(device):
+    ids = torch.randperm(1000)[:300].sort().values.tolist()
+    rows = [SampleRow(seen=TokenSet(1000, ids)), SampleRow(seen=TokenSet(1000, range(1000))), SampleRow()]
+    inputs = unpacked(rows, 1000, device)
+    assert inputs.seen[0].cpu().nonzero()[:, 0].tolist() == ids
+    assert inputs.seen[1].all()
+    assert not inputs.seen[2].any()
+    assert not inputs.forbidden.any()
 
 
 def test_forbidden_tokens_are_never_chosen(device):

@@ -10,8 +10,11 @@ from torch_rpa.hf.page_allocator import pages_for
 
 logger = logging.getLogger(__name__)
 
-# With num_pages=None the pool holds max_num_seqs sequences of this many tokens (or of the model's own limit).
+# With num_pages=None, where the device does not tell its free memory, the pool holds max_num_seqs sequences of this many
+# tokens (or of the model's own limit).
 DEFAULT_TOKENS_PER_SEQ = 1024
+# Of what is free when the engine is made, with the weights in place; the rest is for a step's activations and logits.
+MEMORY_FRACTION = 0.8
 
 
 class PagedKVCache:
@@ -68,14 +71,38 @@ def num_kv_heads_of(model_config) -> int:
     return getattr(model_config, "num_key_value_heads", None) or model_config.num_attention_heads
 
 
-def pool_pages(model_config, config: EngineConfig) -> int:
-    """num_pages, or if that is None: max_num_seqs sequences of min(max_position_embeddings, 1024) tokens each."""
+def page_bytes(model_config, page_size: int, dtype: torch.dtype) -> int:
+    """Bytes that one page takes, over all layers with pages of their own."""
+    num_layers = len(set(kv_source_layers(model_config)))
+    return num_layers * page_size * 2 * num_kv_heads_of(model_config) * head_dim_of(model_config) * dtype.itemsize
+
+
+def pool_pages(model, config: EngineConfig) -> int:
+    """num_pages; or if that is None as many as fit into MEMORY_FRACTION of the device's free memory, at most what
+    max_num_seqs sequences of max_position_embeddings tokens need; or where the device does not say what is free, pages
+    for max_num_seqs sequences of min(max_position_embeddings, 1024) tokens. What was chosen is logged at INFO."""
     if config.num_pages is not None:
         return config.num_pages
-    tokens = min(model_config.max_position_embeddings, DEFAULT_TOKENS_PER_SEQ)
-    num_pages = config.max_num_seqs * pages_for(tokens, config.page_size)
-    logger.info(
-        "num_pages=None: chose %d pages of %d tokens, %d sequences of %d tokens",
-        num_pages, config.page_size, config.max_num_seqs, tokens,
-    )  # fmt: skip
+    longest = model.config.max_position_embeddings
+    free_bytes = _free_bytes(model.device)
+    if free_bytes is None:
+        tokens = min(longest, DEFAULT_TOKENS_PER_SEQ)
+        num_pages = config.max_num_seqs * pages_for(tokens, config.page_size)
+        reason = f"{config.max_num_seqs} sequences of {tokens} tokens ({model.device} does not say what memory is free)"
+    else:
+        one = page_bytes(model.config, config.page_size, config.kv_dtype or model.dtype)
+        fitting = int(free_bytes * MEMORY_FRACTION) // one
+        num_pages = max(1, min(fitting, config.max_num_seqs * pages_for(longest, config.page_size)))
+        reason = (
+            f"{num_pages * one / 2**30:.2f} GiB of the {free_bytes / 2**30:.2f} GiB that are free on {model.device}"
+        )
+    logger.info("num_pages=None: chose %d pages of %d tokens, %s", num_pages, config.page_size, reason)
     return num_pages
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    if device.type != "xla":
+        return None
+    from torch_rpa import bridge
+
+    return bridge.free_memory_bytes(device)

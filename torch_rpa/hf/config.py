@@ -8,6 +8,7 @@ import torch
 from torch_rpa.validation import PAGE_SIZES
 
 DEFAULT_TOKEN_BUCKETS = (8, 64, 256)
+XLA_STEPS = ("replay", "lazy", "openxla")
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -26,6 +27,8 @@ class EngineConfig:
                     least max_num_seqs, so that pure decoding uses it, and the last bounds a prefill chunk
     kv_dtype        dtype of the pages: None (the model's), torch.float8_e4m3fn or torch.float8_e5m2
     prefix_caching  requests with a common prefix share the full pages of it
+    xla_step        how a step runs on an XLA device: "replay" (traced once for each program), "lazy" (traced at every
+                    step) or "openxla" (torch.compile with that backend)
 
     Raises ValueError for a value out of range and NotImplementedError for a kv_dtype the engine cannot fill.
     """
@@ -36,11 +39,14 @@ class EngineConfig:
     token_buckets: tuple[int, ...] = DEFAULT_TOKEN_BUCKETS
     kv_dtype: torch.dtype | None = None
     prefix_caching: bool = True
+    xla_step: str = "replay"
 
     def __post_init__(self) -> None:
         problems = [*self._problems_with_counts(), *self._problems_with_buckets()]
         if self.kv_dtype is not None and not isinstance(self.kv_dtype, torch.dtype):
             problems.append(f"kv_dtype={self.kv_dtype!r} must be None or a torch.dtype")
+        if self.xla_step not in XLA_STEPS:
+            problems.append(f"xla_step={self.xla_step!r} must be one of {', '.join(XLA_STEPS)}")
         if problems:
             raise ValueError("torch_rpa.hf.patch: " + "; ".join(problems))
         if self.kv_dtype == torch.int8:

@@ -156,6 +156,8 @@ class Engine:
         """One launch over every running sequence; the tokens it gave (none for an unfinished prompt)."""
         if self.runner.needs_new_cache:
             self.scheduler.restart()
+        if not self.scheduler.running:
+            self.runner.check_weights()
         chunks = self.scheduler.schedule()
         if not chunks:
             return []

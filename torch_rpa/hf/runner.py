@@ -1,4 +1,4 @@
-"""One step on the device: upload, model, sampling, one fetch."""
+"""One step on the device: upload, model and sampling, one fetch."""
 
 from collections.abc import Iterator
 
@@ -10,8 +10,9 @@ from torch_rpa.hf.batch import BatchLayout
 from torch_rpa.hf.cache import PagedKVCache, pool_pages
 from torch_rpa.hf.config import EngineConfig
 from torch_rpa.hf.page_allocator import pages_for
-from torch_rpa.hf.sampling import UNDECIDED, SampleLayout, SampleRow, sample, sample_greedy
+from torch_rpa.hf.sampling import UNDECIDED, SampleLayout, SampleRow, sample
 from torch_rpa.hf.scheduler import Chunk
+from torch_rpa.hf.step import run_step
 
 
 class ModelRunner:
@@ -19,20 +20,23 @@ class ModelRunner:
 
     Every step of one token bucket is one of two programs, greedy or sampling: what varies is in the uploaded arrays. On
     an XLA device nothing in here reads a value back except the tokens at the end.
-
-    num_compilations: XLA programs that its steps have compiled so far.
     """
 
     def __init__(self, model, config: EngineConfig) -> None:
         self.model = model
         self.config = config
-        self.num_pages = pool_pages(model.config, config)
+        self.num_pages = pool_pages(model, config)
         # The table of one sequence: up to the model's limit or the whole pool.
         self.max_tokens_per_seq = min(model.config.max_position_embeddings, self.num_pages * config.page_size)
         self.pages_per_seq = pages_for(self.max_tokens_per_seq, config.page_size)
-        self.num_compilations = 0
         self._sample_layout = SampleLayout(config.max_num_seqs, model.config.vocab_size)
         self._cache: PagedKVCache | None = None
+        self._xla_steps = None
+
+    @property
+    def num_compilations(self) -> int:
+        """XLA programs that its steps have compiled so far."""
+        return 0 if self._xla_steps is None else self._xla_steps.num_compilations
 
     def run(self, chunks: list[Chunk]) -> list[tuple[int, float]]:
         """Run the chunks; the token chosen after each one's last row and its log probability, in their order."""
@@ -48,9 +52,8 @@ class ModelRunner:
                 yield f"{bucket} tokens, {kind}"
                 self._run(self._layout(bucket), [], rows)
         yield "sampling from the whole vocabulary"
-        with torch.no_grad():
-            logits = torch.zeros(self.config.max_num_seqs, self.model.config.vocab_size, dtype=self.model.dtype)
-            self._sample_again(logits.to(self.model.device), self._upload(self._sample_layout.pack([])))
+        logits = torch.zeros(self.config.max_num_seqs, self.model.config.vocab_size, dtype=self.model.dtype)
+        self._sample_again(logits.to(self.model.device), *self._upload_sampling([]))
 
     @property
     def needs_new_cache(self) -> bool:
@@ -60,60 +63,60 @@ class ModelRunner:
         pages = self._cache.layers[0]
         return (pages.device, pages.dtype) != (self.model.device, self._kv_dtype)
 
+    def check_weights(self) -> None:
+        """Trace the model anew if it has other tensors than before; to be called when nothing runs."""
+        if self._xla_steps is not None:
+            self._xla_steps.forget(unless_same_weights=True)
+
     def drop_cache(self) -> None:
         """Let the pages go: after a failure they may hang on half of a traced step."""
         self._cache = None
+        if self._xla_steps is not None:
+            self._xla_steps.forget()
 
     def _run(self, layout: BatchLayout, chunks: list[Chunk], rows: list[SampleRow] | None) -> list[tuple[int, float]]:
         self._check_attention()
         cache = self._ready_cache()
-        packed = self._upload(layout.pack(chunks))
-        sampling = None if rows is None else self._upload(self._sample_layout.pack(rows))
+        inputs = [self._upload(layout.pack(chunks)), *(() if rows is None else self._upload_sampling(rows))]
         with torch.no_grad():
-            logits = self._logits(layout, cache, packed)
-            if sampling is None:
-                (result,) = self._execute([*cache.layers], [sample_greedy(logits)])
-            else:
-                result = sample(logits, self._sample_layout.unpack(sampling))
-                result, logits = self._execute([*cache.layers], [result, logits])
-            tokens, logprobs = self._fetch(result)
-            if UNDECIDED in tokens:
-                tokens, logprobs = self._sample_again(logits, sampling)
+            result, *logits = self._execute(layout, cache, inputs)
+        tokens, logprobs = self._fetch(result)
+        if UNDECIDED in tokens:
+            tokens, logprobs = self._sample_again(*logits, *inputs[1:])
         return list(zip(tokens, logprobs, strict=True))[: len(chunks)]
 
-    def _logits(self, layout: BatchLayout, cache: PagedKVCache, packed: torch.Tensor) -> torch.Tensor:
-        """[max_num_seqs, vocab]: of each sequence's last row."""
-        inputs = layout.unpack(packed, cache)
-        return self.model(
-            input_ids=inputs.input_ids,
-            position_ids=inputs.position_ids,
-            use_cache=False,
-            logits_to_keep=inputs.last_rows,
-            rpa_batch=inputs.rpa_batch,
-        ).logits[0]
+    def _execute(self, layout: BatchLayout, cache: PagedKVCache, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        if self.model.device.type != "xla":
+            return run_step(self.model, self._sample_layout, layout, cache, *inputs)
+        return self._steps_on_xla().run(layout, cache, inputs)
 
-    def _sample_again(self, logits: torch.Tensor, sampling: torch.Tensor) -> tuple[list[int], list[float]]:
+    def _steps_on_xla(self):
+        if self._xla_steps is None:
+            from torch_rpa.hf.xla_steps import XlaSteps  # imports torch_xla
+
+            self._xla_steps = XlaSteps(self.model, self._sample_layout, self.config.xla_step)
+        return self._xla_steps
+
+    @torch.no_grad()
+    def _sample_again(
+        self, logits: torch.Tensor, numbers: torch.Tensor, bitmaps: torch.Tensor
+    ) -> tuple[list[int], list[float]]:
         """With the whole vocabulary as candidates: exact for any parameters, and rarely needed."""
-        result = sample(logits, self._sample_layout.unpack(sampling), logits.shape[-1])
-        return self._fetch(*self._execute([], [result]))
-
-    def _execute(self, updated: list[torch.Tensor], results: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Run what was traced, on an XLA device; `updated` are tensors that it changed in place."""
-        if results[0].device.type == "xla":
-            from torch_rpa import bridge
-
-            before, _ = bridge.compilations()
-            bridge.run_pending([*updated, *results])
-            self.num_compilations += bridge.compilations()[0] - before
-        return results
+        result = sample(logits, self._sample_layout.unpack(numbers, bitmaps), logits.shape[-1])
+        if result.device.type == "xla":
+            self._steps_on_xla().materialise(result)
+        return self._fetch(result)
 
     @staticmethod
     def _fetch(result: torch.Tensor) -> tuple[list[int], list[float]]:
         tokens, logprobs = result.cpu()
-        return tokens.tolist(), logprobs.view(torch.float32).tolist()
+        return tokens.int().tolist(), logprobs.tolist()
 
     def _upload(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.model.device)
+
+    def _upload_sampling(self, rows: list[SampleRow]) -> list[torch.Tensor]:
+        return [self._upload(array) for array in self._sample_layout.pack(rows)]
 
     def _layout(self, bucket: int) -> BatchLayout:
         return BatchLayout(bucket, self.config.max_num_seqs, self.pages_per_seq)
@@ -133,6 +136,6 @@ class ModelRunner:
     def _ready_cache(self) -> PagedKVCache:
         """The cache in the model's dtype, on its device; made at first use or when the model has changed since."""
         if self.needs_new_cache:
-            self._cache = None  # free the old pages before new ones are made
+            self.drop_cache()  # free the old pages before new ones are made
             self._cache = PagedKVCache(self.model, self.num_pages, self.config.page_size, self._kv_dtype)
         return self._cache

@@ -1,12 +1,12 @@
 """Choosing the next token on the device, from logits and per-sequence parameters, without sorting the vocabulary.
 
-One step's parameters are a single int32 array, as `batch.BatchLayout` is for the metadata:
+One step's parameters are two arrays, whose sizes never change, so that every step of a token bucket that samples is
+the same program, whatever its requests ask for:
 
-    [ do_sample, temperature, top_k, top_p, repetition_penalty, uniform | seen W | forbidden W ]     for each of S rows
+    numbers  float32 [S, 6]     do_sample, temperature, top_k, top_p, repetition_penalty, uniform
+    bitmaps  int32 [S, 2, W]    tokens seen so far, tokens forbidden now
 
-S = max_num_seqs; the six numbers are float32 bits; W = words of 32 tokens in the vocabulary of V tokens. One array is
-one transfer, and its size never changes, so every step of a token bucket that samples is the same program, whatever its
-requests ask for.
+S = max_num_seqs, V the size of the vocabulary, W = words of 32 tokens in it.
 """
 
 from collections.abc import Iterable
@@ -78,19 +78,15 @@ class SampleRow:
 
 @dataclass(frozen=True)
 class SampleLayout:
-    """The packed array of one step, int32 [S, 6 + 2 W]: a row of numbers and bitmaps for each sequence."""
+    """The fixed sizes S and V of the arrays."""
 
     max_num_seqs: int
     vocab_size: int
 
-    @property
-    def num_words(self) -> int:
-        return -(-self.vocab_size // 32)
-
-    def pack(self, rows: list[SampleRow]) -> np.ndarray:
-        """A new array each time: an upload may still be reading the last one. Rows of no sequence are greedy."""
-        packed = np.zeros((self.max_num_seqs, 6 + 2 * self.num_words), np.uint32)
-        numbers, bitmaps = packed[:, :6].view(np.float32), packed[:, 6:].reshape(self.max_num_seqs, 2, -1)
+    def pack(self, rows: list[SampleRow]) -> tuple[np.ndarray, np.ndarray]:
+        """numbers and bitmaps, new ones each time: an upload may still be reading the last. Without a row: greedy."""
+        numbers = np.zeros((self.max_num_seqs, 6), np.float32)
+        bitmaps = np.zeros((self.max_num_seqs, 2, -(-self.vocab_size // 32)), np.uint32)
         numbers[:] = 0.0, 1.0, 0.0, 1.0, 1.0, 0.0
         for index, row in enumerate(rows):
             params = row.params
@@ -101,17 +97,15 @@ class SampleLayout:
             for bitmap, tokens in zip(bitmaps[index], (row.seen, row.forbidden), strict=True):
                 if tokens is not None:
                     bitmap[:] = tokens.words
-        return packed.view(np.int32)
+        return numbers, bitmaps.view(np.int32)
 
-    def unpack(self, packed: torch.Tensor) -> "SampleInputs":
-        """The packed array on the device -> its parts."""
-        numbers, seen, forbidden = packed.split([6, self.num_words, self.num_words], dim=1)
-        return SampleInputs(*numbers.view(torch.float32).split(1, dim=1), self._tokens(seen), self._tokens(forbidden))
-
-    def _tokens(self, words: torch.Tensor) -> torch.Tensor:
-        """int32 [S, W] -> bool [S, V]."""
-        bits = torch.arange(32, dtype=torch.int32, device=words.device)
-        return ((words[:, :, None] >> bits) & 1).flatten(1)[:, : self.vocab_size] != 0
+    def unpack(self, numbers: torch.Tensor, bitmaps: torch.Tensor) -> "SampleInputs":
+        """The arrays on the device -> their parts."""
+        # Masks, for PyTorch/XLA's >> is a division, wrong for words with their highest bit set.
+        bits = torch.arange(32, dtype=torch.int32, device=bitmaps.device)
+        masks = torch.ones_like(bits) << bits
+        tokens = (bitmaps[..., None] & masks).flatten(2)[..., : self.vocab_size] != 0
+        return SampleInputs(*numbers.split(1, dim=1), *tokens.unbind(1))
 
 
 @dataclass(frozen=True)
@@ -129,13 +123,13 @@ class SampleInputs:
 
 
 def sample_greedy(logits: torch.Tensor) -> torch.Tensor:
-    """logits [S, V] -> int32 [2, S]: the most likely token of each sequence, and its log probability's bits."""
+    """logits [S, V] -> float32 [2, S]: the most likely token of each sequence, and its log probability."""
     logits = logits.float()
     return _result(logits, logits.argmax(-1, keepdim=True), logits.logsumexp(-1, keepdim=True))
 
 
 def sample(logits: torch.Tensor, inputs: SampleInputs, num_candidates: int = NUM_CANDIDATES) -> torch.Tensor:
-    """logits [S, V] -> int32 [2, S]: the sampled tokens, and their log probabilities' bits.
+    """logits [S, V] -> float32 [2, S]: the sampled tokens, and their log probabilities.
 
     A token is UNDECIDED where num_candidates are too few to tell what top_k and top_p keep: sample again with the
     whole vocabulary. Penalty, temperature, top-k and top-p follow each other as transformers' processors do; a log
@@ -188,5 +182,5 @@ def _threshold(scores, weights, inputs: SampleInputs, num_candidates: int) -> tu
 
 
 def _result(scores: torch.Tensor, tokens: torch.Tensor, log_total: torch.Tensor) -> torch.Tensor:
-    logprobs = (scores.gather(-1, tokens) - log_total)[:, 0]
-    return torch.stack([tokens[:, 0].to(torch.int32), logprobs.view(torch.int32)])
+    """One array is one fetch; float32 holds every token id below 2^24 exactly."""
+    return torch.cat([tokens.float(), scores.gather(-1, tokens) - log_total], dim=1).T
