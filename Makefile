@@ -26,7 +26,7 @@ PEER_STAMP := $(VENV_NEXT)/.stamp-peer
 NATIVE_SOURCES := $(wildcard csrc_stub/*.cpp csrc_stub/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-next demo test test-next lint format bench bench-tpu family-table compile-matrix clean distclean
+.PHONY: help venv venv-next demo test test-next lint format bench soak bench-tpu family-table compile-matrix clean distclean
 .DELETE_ON_ERROR:
 
 help: ## list the targets

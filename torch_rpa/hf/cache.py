@@ -10,8 +10,8 @@ from torch_rpa.hf.page_allocator import pages_for
 
 logger = logging.getLogger(__name__)
 
-# With num_pages=None, where the device does not tell its free memory, the pool holds max_num_seqs sequences of this many
-# tokens (or of the model's own limit).
+# With num_pages=None, where the device does not tell its free memory, the pool holds max_num_seqs sequences of this
+# many tokens (or of the model's own limit).
 DEFAULT_TOKENS_PER_SEQ = 1024
 # Of what is free when the engine is made, with the weights in place; the rest is for a step's activations and logits.
 MEMORY_FRACTION = 0.8
