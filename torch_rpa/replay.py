@@ -72,7 +72,7 @@ class Replay:
         """Nothing has run yet: give the tensors that tracing updated the buffers back that they had."""
         updated = {id(tensor) for tensor in self._updated}
         for key, tensor in live.items():
-            if id(tensor) in updated:
+            if id(tensor) in updated and key in values:
                 _XLAC._replace_xla_tensor(tensor, values[key])
 
 

@@ -2,8 +2,11 @@
 
 import asyncio
 import queue
+import re
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -214,3 +217,13 @@ def test_the_context_manager_warms_up_and_stops(model):
         assert len(manager.get_result(request_id, timeout=60).generated_tokens) == 3
         assert manager.stats.compilations_after_warm_up == 0
     assert not manager.is_running()
+
+
+def test_the_readmes_example_runs_as_printed(model, capsys):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (code,) = [code for code in re.findall(r"^```python\n(.*?)^```", readme, re.M | re.S) if "init_continuous" in code]
+    tokenizer = SimpleNamespace(decode=lambda ids: f"{len(ids)} tokens")
+    exec(code, {"model": model, "prompts": make_prompts(5), "tokenizer": tokenizer})
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:64] == [f"{count + 1} tokens" for count in range(64)]
+    assert "num_finished=1" in printed[64]
