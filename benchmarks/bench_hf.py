@@ -93,9 +93,9 @@ def engine(device: str, xla_step: str = "replay") -> Callable:
         from torch_rpa.hf.state import engine_of
 
         model = _load(device)
-        hf.patch(
-            model, max_num_seqs=batch, token_buckets=(batch, 256), num_pages=batch * MAX_TOKENS // 16, xla_step=xla_step
-        )
+        buckets = (batch, 4 * batch, 16 * batch) if device == "xla" else None
+        num_pages = batch * MAX_TOKENS // 16
+        hf.patch(model, max_num_seqs=batch, token_buckets=buckets, num_pages=num_pages, xla_step=xla_step)
         engine = engine_of(model)
         engine.warm_up(progress_bar=False)
         sequences = []

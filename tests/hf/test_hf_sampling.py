@@ -18,13 +18,14 @@ from torch_rpa.hf.sampling import (
     GREEDY,
     UNDECIDED,
     SampleInputs,
-    SampleLayout,
     SampleRow,
     SamplingParams,
     TokenSet,
     filtered,
+    pack_sampling,
     sample,
     sample_greedy,
+    unpack_sampling,
 )
 from torch_rpa.hf.state import engine_of
 from torch_rpa.hf.stop_strings import StopStrings
@@ -62,8 +63,8 @@ def processed(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
 
 
 def unpacked(rows: list[SampleRow], vocab_size: int, device="cpu") -> SampleInputs:
-    layout = SampleLayout(len(rows), vocab_size)
-    return layout.unpack(*(torch.from_numpy(array).to(device) for array in layout.pack(rows)))
+    arrays = pack_sampling(rows, len(rows), vocab_size)
+    return unpack_sampling(*(torch.from_numpy(array).to(device) for array in arrays), vocab_size)
 
 
 def rows_of(params: list[SamplingParams], vocab_size: int, uniform: float = 0.0) -> list[SampleRow]:

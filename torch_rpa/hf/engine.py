@@ -88,8 +88,7 @@ class Engine:
 
     def warm_up(self, progress_bar: bool = True) -> None:
         """Run every program that serving can need once, so that XLA compiles nothing afterwards."""
-        total = 2 * len(self.config.token_buckets) + 1
-        with tqdm(total=total, desc="Warming up", unit="program", disable=not progress_bar) as bar:
+        with tqdm(total=self.runner.num_programs, desc="Warming up", unit="program", disable=not progress_bar) as bar:
             for name in self.runner.warm_up():
                 bar.set_postfix_str(name)
                 bar.update()

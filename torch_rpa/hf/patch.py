@@ -27,7 +27,7 @@ def patch(model: PreTrainedModel | type[PreTrainedModel], **settings) -> PreTrai
     """Give this model, or each model of this class, paged attention and `generate_batch`; returns what it was given.
 
     settings: the fields of `EngineConfig`, such as page_size=16, num_pages=None, max_num_seqs=8,
-    token_buckets=(8, 64, 256), kv_dtype=None.
+    token_buckets=None, kv_dtype=None.
 
     Only this model changes (its config becomes a copy of its own, for models may share one), until `unpatch`.
     The cache is allocated at the first use, on the device the model is on then. Patching again replaces the

@@ -10,7 +10,7 @@ from torch_rpa.hf.batch import BatchLayout
 from torch_rpa.hf.cache import PagedKVCache, pool_pages
 from torch_rpa.hf.config import EngineConfig
 from torch_rpa.hf.page_allocator import pages_for
-from torch_rpa.hf.sampling import UNDECIDED, SampleLayout, SampleRow, sample
+from torch_rpa.hf.sampling import UNDECIDED, SampleRow, pack_sampling, sample, unpack_sampling
 from torch_rpa.hf.scheduler import Chunk
 from torch_rpa.hf.step import run_step
 
@@ -18,8 +18,9 @@ from torch_rpa.hf.step import run_step
 class ModelRunner:
     """Holds the cache and turns a list of chunks into the next token of each.
 
-    Every step of one token bucket is one of two programs, greedy or sampling: what varies is in the uploaded arrays. On
-    an XLA device nothing in here reads a value back except the tokens at the end.
+    Steps are padded to token buckets, and every step of one bucket is one of two programs, greedy or sampling: what
+    varies is in the uploaded arrays. On an XLA device nothing in here reads a value back except the tokens at the end.
+    CPU tensors compile nothing, so unless token_buckets are given steps have just the rows that there are.
     """
 
     def __init__(self, model, config: EngineConfig) -> None:
@@ -29,7 +30,6 @@ class ModelRunner:
         # The table of one sequence: up to the model's limit or the whole pool.
         self.max_tokens_per_seq = min(model.config.max_position_embeddings, self.num_pages * config.page_size)
         self.pages_per_seq = pages_for(self.max_tokens_per_seq, config.page_size)
-        self._sample_layout = SampleLayout(config.max_num_seqs, model.config.vocab_size)
         self._cache: PagedKVCache | None = None
         self._xla_steps = None
 
@@ -40,20 +40,33 @@ class ModelRunner:
 
     def run(self, chunks: list[Chunk]) -> list[tuple[int, float]]:
         """Run the chunks; the token chosen after each one's last row and its log probability, in their order."""
-        bucket = self.config.bucket_for(sum(chunk.num_tokens for chunk in chunks))
+        num_tokens, num_seqs = sum(chunk.num_tokens for chunk in chunks), len(chunks)
+        if self._pads:
+            num_tokens, num_seqs = self.config.bucket_for(num_tokens), self.config.max_num_seqs
         rows = [chunk.sequence.sample_row() if chunk.samples else SampleRow() for chunk in chunks]
         samples = any(chunk.samples and chunk.sequence.needs_sampling for chunk in chunks)
-        return self._run(self._layout(bucket), chunks, rows if samples else None)
+        return self._run(BatchLayout(num_tokens, num_seqs, self.pages_per_seq), chunks, rows if samples else None)
 
     def warm_up(self) -> Iterator[str]:
         """Run every program once, without any sequence; gives the name of each one that comes next."""
-        for bucket in self.config.token_buckets:
+        if not self._pads:
+            return
+        for bucket in self.config.buckets:
             for kind, rows in (("greedy", None), ("sampling", [])):
                 yield f"{bucket} tokens, {kind}"
-                self._run(self._layout(bucket), [], rows)
+                self._run(BatchLayout(bucket, self.config.max_num_seqs, self.pages_per_seq), [], rows)
         yield "sampling from the whole vocabulary"
         logits = torch.zeros(self.config.max_num_seqs, self.model.config.vocab_size, dtype=self.model.dtype)
-        self._sample_again(logits.to(self.model.device), *self._upload_sampling([]))
+        self._sample_again(logits.to(self.model.device), *self._upload_sampling(self.config.max_num_seqs, []))
+
+    @property
+    def num_programs(self) -> int:
+        """How many programs `warm_up` runs."""
+        return 2 * len(self.config.buckets) + 1 if self._pads else 0
+
+    @property
+    def _pads(self) -> bool:
+        return self.model.device.type == "xla" or self.config.token_buckets is not None
 
     @property
     def needs_new_cache(self) -> bool:
@@ -77,7 +90,9 @@ class ModelRunner:
     def _run(self, layout: BatchLayout, chunks: list[Chunk], rows: list[SampleRow] | None) -> list[tuple[int, float]]:
         self._check_attention()
         cache = self._ready_cache()
-        inputs = [self._upload(layout.pack(chunks)), *(() if rows is None else self._upload_sampling(rows))]
+        inputs = [self._upload(layout.pack(chunks))]
+        if rows is not None:
+            inputs += self._upload_sampling(layout.max_num_seqs, rows)
         with torch.no_grad():
             result, *logits = self._execute(layout, cache, inputs)
         tokens, logprobs = self._fetch(result)
@@ -87,14 +102,14 @@ class ModelRunner:
 
     def _execute(self, layout: BatchLayout, cache: PagedKVCache, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         if self.model.device.type != "xla":
-            return run_step(self.model, self._sample_layout, layout, cache, *inputs)
+            return run_step(self.model, layout, cache, *inputs)
         return self._steps_on_xla().run(layout, cache, inputs)
 
     def _steps_on_xla(self):
         if self._xla_steps is None:
             from torch_rpa.hf.xla_steps import XlaSteps  # imports torch_xla
 
-            self._xla_steps = XlaSteps(self.model, self._sample_layout, self.config.xla_step)
+            self._xla_steps = XlaSteps(self.model, self.config.xla_step)
         return self._xla_steps
 
     @torch.no_grad()
@@ -102,7 +117,8 @@ class ModelRunner:
         self, logits: torch.Tensor, numbers: torch.Tensor, bitmaps: torch.Tensor
     ) -> tuple[list[int], list[float]]:
         """With the whole vocabulary as candidates: exact for any parameters, and rarely needed."""
-        result = sample(logits, self._sample_layout.unpack(numbers, bitmaps), logits.shape[-1])
+        vocab_size = logits.shape[-1]
+        result = sample(logits, unpack_sampling(numbers, bitmaps, vocab_size), vocab_size)
         if result.device.type == "xla":
             self._steps_on_xla().materialise(result)
         return self._fetch(result)
@@ -115,11 +131,8 @@ class ModelRunner:
     def _upload(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.model.device)
 
-    def _upload_sampling(self, rows: list[SampleRow]) -> list[torch.Tensor]:
-        return [self._upload(array) for array in self._sample_layout.pack(rows)]
-
-    def _layout(self, bucket: int) -> BatchLayout:
-        return BatchLayout(bucket, self.config.max_num_seqs, self.pages_per_seq)
+    def _upload_sampling(self, num_seqs: int, rows: list[SampleRow]) -> list[torch.Tensor]:
+        return [self._upload(array) for array in pack_sampling(rows, num_seqs, self.model.config.vocab_size)]
 
     def _check_attention(self) -> None:
         implementation = self.model.config._attn_implementation

@@ -6,7 +6,7 @@ the same program, whatever its requests ask for:
     numbers  float32 [S, 6]     do_sample, temperature, top_k, top_p, repetition_penalty, uniform
     bitmaps  int32 [S, 2, W]    tokens seen so far, tokens forbidden now
 
-S = max_num_seqs, V the size of the vocabulary, W = words of 32 tokens in it.
+S = sequences in the step, V the size of the vocabulary, W = words of 32 tokens in it.
 """
 
 from collections.abc import Iterable
@@ -77,38 +77,6 @@ class SampleRow:
 
 
 @dataclass(frozen=True)
-class SampleLayout:
-    """The fixed sizes S and V of the arrays."""
-
-    max_num_seqs: int
-    vocab_size: int
-
-    def pack(self, rows: list[SampleRow]) -> tuple[np.ndarray, np.ndarray]:
-        """numbers and bitmaps, new ones each time: an upload may still be reading the last. Without a row: greedy."""
-        numbers = np.zeros((self.max_num_seqs, 6), np.float32)
-        bitmaps = np.zeros((self.max_num_seqs, 2, -(-self.vocab_size // 32)), np.uint32)
-        numbers[:] = 0.0, 1.0, 0.0, 1.0, 1.0, 0.0
-        for index, row in enumerate(rows):
-            params = row.params
-            numbers[index, 4] = params.repetition_penalty
-            if params.do_sample:
-                numbers[index, :4] = 1.0, params.temperature, params.top_k, params.top_p
-                numbers[index, 5] = row.uniform
-            for bitmap, tokens in zip(bitmaps[index], (row.seen, row.forbidden), strict=True):
-                if tokens is not None:
-                    bitmap[:] = tokens.words
-        return numbers, bitmaps.view(np.int32)
-
-    def unpack(self, numbers: torch.Tensor, bitmaps: torch.Tensor) -> "SampleInputs":
-        """The arrays on the device -> their parts."""
-        # Masks, for PyTorch/XLA's >> is a division, wrong for words with their highest bit set.
-        bits = torch.arange(32, dtype=torch.int32, device=bitmaps.device)
-        masks = torch.ones_like(bits) << bits
-        tokens = (bitmaps[..., None] & masks).flatten(2)[..., : self.vocab_size] != 0
-        return SampleInputs(*numbers.split(1, dim=1), *tokens.unbind(1))
-
-
-@dataclass(frozen=True)
 class SampleInputs:
     """On the device: float32 [S, 1] each, and the bitmaps as bool [S, V]."""
 
@@ -120,6 +88,32 @@ class SampleInputs:
     uniform: torch.Tensor
     seen: torch.Tensor
     forbidden: torch.Tensor
+
+
+def pack_sampling(rows: list[SampleRow], num_seqs: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """numbers and bitmaps, new ones each time: an upload may still be reading the last. Without a row: greedy."""
+    numbers = np.zeros((num_seqs, 6), np.float32)
+    bitmaps = np.zeros((num_seqs, 2, -(-vocab_size // 32)), np.uint32)
+    numbers[:] = 0.0, 1.0, 0.0, 1.0, 1.0, 0.0
+    for index, row in enumerate(rows):
+        params = row.params
+        numbers[index, 4] = params.repetition_penalty
+        if params.do_sample:
+            numbers[index, :4] = 1.0, params.temperature, params.top_k, params.top_p
+            numbers[index, 5] = row.uniform
+        for bitmap, tokens in zip(bitmaps[index], (row.seen, row.forbidden), strict=True):
+            if tokens is not None:
+                bitmap[:] = tokens.words
+    return numbers, bitmaps.view(np.int32)
+
+
+def unpack_sampling(numbers: torch.Tensor, bitmaps: torch.Tensor, vocab_size: int) -> SampleInputs:
+    """The arrays on the device -> their parts."""
+    # Masks, for PyTorch/XLA's >> is a division, wrong for words with their highest bit set.
+    bits = torch.arange(32, dtype=torch.int32, device=bitmaps.device)
+    masks = torch.ones_like(bits) << bits
+    tokens = (bitmaps[..., None] & masks).flatten(2)[..., :vocab_size] != 0
+    return SampleInputs(*numbers.split(1, dim=1), *tokens.unbind(1))
 
 
 def sample_greedy(logits: torch.Tensor) -> torch.Tensor:

@@ -4,19 +4,18 @@ import torch
 
 from torch_rpa.hf.batch import BatchLayout
 from torch_rpa.hf.cache import PagedKVCache
-from torch_rpa.hf.sampling import SampleLayout, sample, sample_greedy
+from torch_rpa.hf.sampling import sample, sample_greedy, unpack_sampling
 
 
 def run_step(
     model,
-    sample_layout: SampleLayout,
     layout: BatchLayout,
     cache: PagedKVCache,
     packed: torch.Tensor,
     numbers: torch.Tensor | None = None,
     bitmaps: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
-    """`BatchLayout.pack`'s array, and `SampleLayout.pack`'s two if not all rows are greedy, on the model's device.
+    """`BatchLayout.pack`'s array, and `pack_sampling`'s two if not all rows are greedy, on the model's device.
 
     Gives [what `sample_greedy` gives], or [what `sample` gives, the logits of each sequence's last row]; the cache is
     updated in place.
@@ -31,4 +30,4 @@ def run_step(
     ).logits[0]  # [max_num_seqs, vocab]
     if numbers is None:
         return [sample_greedy(logits)]
-    return [sample(logits, sample_layout.unpack(numbers, bitmaps)), logits]
+    return [sample(logits, unpack_sampling(numbers, bitmaps, logits.shape[-1])), logits]

@@ -9,7 +9,6 @@ import torch
 from torch_rpa import bridge
 from torch_rpa.hf.batch import BatchLayout
 from torch_rpa.hf.cache import PagedKVCache
-from torch_rpa.hf.sampling import SampleLayout
 from torch_rpa.hf.step import run_step
 from torch_rpa.replay import Replay
 
@@ -20,9 +19,9 @@ class XlaSteps:
     num_compilations: XLA programs compiled here so far.
     """
 
-    def __init__(self, model, sample_layout: SampleLayout, way: str) -> None:
+    def __init__(self, model, way: str) -> None:
         self.num_compilations = 0
-        self._function = partial(run_step, model, sample_layout)
+        self._function = partial(run_step, model)
         self._model = model
         self._way = {"replay": self._replay, "lazy": self._trace, "openxla": self._compiled}[way]
         self._programs: dict[tuple, Replay] = {}
