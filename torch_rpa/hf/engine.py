@@ -88,6 +88,7 @@ class Engine:
 
     def warm_up(self, progress_bar: bool = True) -> None:
         """Run every program that serving can need once, so that XLA compiles nothing afterwards."""
+        self._check_model()
         with tqdm(total=self.runner.num_programs, desc="Warming up", unit="program", disable=not progress_bar) as bar:
             for name in self.runner.warm_up():
                 bar.set_postfix_str(name)
@@ -153,10 +154,7 @@ class Engine:
 
     def step(self) -> list[TokenEvent]:
         """One launch over every running sequence; the tokens it gave (none for an unfinished prompt)."""
-        if self.runner.needs_new_cache:
-            self.scheduler.restart()
-        if not self.scheduler.running:
-            self.runner.check_weights()
+        self._check_model()
         chunks = self.scheduler.schedule()
         if not chunks:
             return []
@@ -173,6 +171,13 @@ class Engine:
                     self.scheduler.remove(sequence)
                     self._num_finished += 1
         return events
+
+    def _check_model(self) -> None:
+        """The model may have been moved or changed since the last step: then what was kept of it is of no use."""
+        if self.runner.needs_new_cache:
+            self.scheduler.restart()
+        if not self.scheduler.running:
+            self.runner.check_weights()
 
     def run(self) -> Iterator[TokenEvent]:
         """Step until nothing is left. After an exception, or if the caller stops early, what is left stays queued
