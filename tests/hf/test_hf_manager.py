@@ -180,7 +180,7 @@ def test_weights_may_change_in_a_pause_and_no_page_of_the_old_ones_is_shared(man
             manager.stop()
     second = manager.get_result(manager.add_request(prompts[0], max_new_tokens=6), timeout=60).generated_tokens
     assert first == plain_greedy(make_model(), prompts, 6)[0]
-    assert second == plain_greedy(other, prompts, 6)[0]
+    assert second == plain_greedy(other, prompts, 6)[0] != first
 
 
 def test_no_step_runs_in_a_pause(manager):
