@@ -26,7 +26,7 @@ PEER_STAMP := $(VENV_NEXT)/.stamp-peer
 NATIVE_SOURCES := $(wildcard csrc_stub/*.cpp csrc_stub/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-next demo test test-next lint format bench bench-tpu family-table compile-matrix clean distclean
+.PHONY: help venv venv-next demo test test-next lint format bench soak bench-tpu family-table compile-matrix clean distclean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -63,6 +63,9 @@ bench: $(INSTALL_STAMP) ## run every benchmark in benchmarks/
 	  echo "== $$file"; \
 	  $(BIN)/python -m "benchmarks.$$(basename "$$file" .py)" $(ARGS) || exit 1; \
 	done
+
+soak: $(INSTALL_STAMP) ## serve thousands of random requests on XLA; the counters go to benchmarks/soak.txt
+	@$(BIN)/python -m benchmarks.soak $(ARGS) > benchmarks/soak.txt; status=$$?; cat benchmarks/soak.txt; exit $$status
 
 family-table: $(INSTALL_STAMP) ## write the README's table of models from the tests' families
 	@$(BIN)/python tests/hf/family_table.py

@@ -128,6 +128,15 @@ def forget_computations() -> None:
         _computation.cache_clear()
 
 
+def free_memory_bytes(device: torch.device) -> int | None:
+    """Bytes of the device's memory that nothing takes yet; None where PJRT does not tell (the CPU)."""
+    try:
+        info = xm.get_memory_info(device)
+    except RuntimeError:
+        return None
+    return info["bytes_limit"] - info["bytes_used"]
+
+
 @lru_cache(maxsize=_MAX_COMPUTATIONS)
 def _computation(op, specs, options, kernel):
     """The lowered computation of one static configuration; checks it first."""

@@ -4,9 +4,10 @@ import pytest
 import torch
 from tiny_models import make_model, make_prompts, plain_greedy, tokens
 from transformers import GenerationConfig
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
-from torch_rpa import hf
+from torch_rpa import hf, native
 from torch_rpa.hf.state import engine_of
 
 
@@ -19,12 +20,33 @@ def test_prompt_longer_than_a_step_gives_the_same_tokens_as_in_one_piece():
     assert in_chunks == in_one_piece == plain_greedy(hf.unpatch(model), prompts, 8)
 
 
-def test_requests_wait_when_pages_run_out():
+def test_preempted_requests_are_computed_again_and_answered_rightly(device):
     model, prompts = make_model(), make_prompts(20, 30, 10, 25, 40, 5)
-    expected = plain_greedy(model, prompts, 10)
-    hf.patch(model, page_size=8, num_pages=7, max_num_seqs=4, token_buckets=(4, 32))
-    assert tokens(model.generate_batch(prompts, max_new_tokens=10)) == expected
-    assert engine_of(model).allocator.num_free == 7
+    expected = plain_greedy(model, prompts, 20)
+    hf.patch(model.to(device), page_size=8, num_pages=8, max_num_seqs=4, token_buckets=(4, 32))
+    assert tokens(model.generate_batch(prompts, max_new_tokens=20)) == expected
+    assert engine_of(model).scheduler.stats.num_preemptions > 0
+    assert engine_of(model).allocator.num_free == 8
+
+
+def test_a_shared_prefix_changes_no_bit_of_any_result(device):
+    """With one bucket all steps are one program, and a row's bits do not depend on its company (nor in the native
+    kernel; the Python path rounds otherwise for other chunks)."""
+    system = make_prompts(40)[0]
+    prompts = [system + question for question in make_prompts(3, 9, 1, 30, 12, 7, seed=1)]
+    results = []
+    for prefix_caching in (False, True):
+        model = make_model().to(device)
+        hf.patch(model, page_size=8, max_num_seqs=2, token_buckets=(32,), prefix_caching=prefix_caching)
+        with_logprobs = ContinuousBatchingConfig(return_logprobs=True)
+        outputs = model.generate_batch(prompts, None, with_logprobs, max_new_tokens=8).values()
+        results.append([(output.generated_tokens, output.logprobs) for output in outputs])
+        hit_rate = engine_of(model).scheduler.stats.prefix_hit_rate
+        assert hit_rate > 0.4 if prefix_caching else hit_rate == 0
+    assert [answer for answer, _ in results[0]] == plain_greedy(make_model(), prompts, 8)
+    assert [answer for answer, _ in results[1]] == [answer for answer, _ in results[0]]
+    if device.type == "xla" or native.is_available():
+        assert results[1] == results[0]
 
 
 def test_finished_sequences_are_replaced_in_the_next_step():
@@ -99,3 +121,23 @@ def test_model_may_move_to_another_device_between_calls(xla):
     on_cpu = tokens(model.generate_batch(prompts, max_new_tokens=5))
     model.to(xla)
     assert tokens(model.generate_batch(prompts, max_new_tokens=5)) == on_cpu
+
+
+def test_no_prefix_survives_a_move_of_the_model_even_if_it_is_warmed_up_first(xla):
+    model, prompts = make_model(), make_prompts(40)
+    hf.patch(model, page_size=8, token_buckets=(8, 32))
+    expected = tokens(model.generate_batch(prompts, max_new_tokens=5, persistent_manager=True))
+    model.to(xla)
+    model.warmup(progress_bar=False)
+    assert tokens(model.generate_batch(prompts, max_new_tokens=5)) == expected
+    assert engine_of(model).stats.prefix_hit_rate == 0
+
+
+def test_a_persistent_manager_keeps_prefixes_for_the_next_call():
+    model, prompts = hf.patch(make_model(), page_size=8, token_buckets=(8, 32)), make_prompts(40)
+    first = tokens(model.generate_batch(prompts, max_new_tokens=5, persistent_manager=True))
+    assert tokens(model.generate_batch(prompts, max_new_tokens=5)) == first
+    hit_rate = engine_of(model).stats.prefix_hit_rate
+    assert hit_rate == 32 / 80
+    model.generate_batch(prompts, max_new_tokens=5)
+    assert engine_of(model).stats.prefix_hit_rate < hit_rate

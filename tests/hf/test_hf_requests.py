@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_models import VOCAB_SIZE, make_model, make_prompts, plain_greedy, tokens
 from transformers import GenerationConfig
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from torch_rpa import hf
 from torch_rpa.hf.state import engine_of
@@ -56,7 +57,6 @@ def test_request_that_just_fits_runs(model):
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be an integer of at least 1"),
         ({"max_new_tokens": 2.5}, "max_new_tokens=2.5 must be an integer of at least 1"),
         ({"generation_config": GenerationConfig(max_length=2)}, "3 prompt tokens leave none of max_length=2"),
-        ({}, "max_new_tokens is not given"),
         ({"max_new_tokens": 3, "seed": -1}, "seed=-1 must be None or an integer of at least 0"),
     ],
 )
@@ -65,26 +65,35 @@ def test_bad_limit_or_seed_is_a_value_error(model, kwargs, message):
         model.generate_batch([[1, 2, 3]], **kwargs)
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "hint"),
-    [
-        ("continuous_batching_config", None, "patch's arguments"),
-        ("persistent_manager", True, "until unpatch"),
-        ("warmup", True, "no CUDA graphs"),
-        ("temperature", 0.7, "go into generation_config"),
-    ],
-)
-def test_keyword_without_meaning_is_refused_with_a_hint(model, name, value, hint):
-    with pytest.raises(TypeError, match=rf"{name} \(.*{hint}"):
-        model.generate_batch([[1]], max_new_tokens=1, **{name: value})
+def test_without_a_limit_an_answer_may_fill_the_cache(model):
+    answer = tokens(model.generate_batch([[1] * 70, [2]]))[0]
+    assert len(answer) == 11
+
+
+def test_unknown_keyword_is_refused_by_name(model):
+    with pytest.raises(TypeError, match="does not know the keywords temprature"):
+        model.generate_batch([[1]], max_new_tokens=1, temprature=0.5)
+
+
+def test_batching_settings_that_patch_takes_are_refused_with_a_hint(model):
+    config = ContinuousBatchingConfig(page_size=128, num_blocks=7, scheduler_type="prefill_first")
+    with pytest.raises(NotImplementedError) as error:
+        model.generate_batch([[1]], None, config)
+    for part in ("page_size=128 (torch_rpa.hf.patch has page_size=)", "num_pages=", "scheduler_type='prefill_first'"):
+        assert part in str(error.value)
 
 
 def test_generation_settings_that_are_not_supported_are_all_listed(model):
-    config = GenerationConfig(max_new_tokens=3, num_beams=4, repetition_penalty=1.2, stop_strings=["x"], min_p=0.1)
+    config = GenerationConfig(max_new_tokens=3, num_beams=4, no_repeat_ngram_size=2, min_p=0.1)
     with pytest.raises(NotImplementedError) as error:
         model.generate_batch([[1]], config)
-    for part in ("num_beams=4", "repetition_penalty=1.2", "stop_strings=['x']", "min_p=0.1"):
+    for part in ("num_beams=4", "no_repeat_ngram_size=2", "min_p=0.1"):
         assert part in str(error.value)
+
+
+def test_stop_strings_need_a_tokenizer(model):
+    with pytest.raises(ValueError, match=r"stop_strings=\['x'\] need the keyword tokenizer="):
+        model.generate_batch([[1]], max_new_tokens=1, stop_strings=["x"])
 
 
 def test_generation_settings_that_are_off_are_accepted(model):

@@ -1,12 +1,15 @@
-"""The scheduler and the page allocator on plain data, without a model."""
+"""The scheduler on plain data, without a model."""
+
+import itertools
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torch_rpa.hf.batch import BatchLayout
-from torch_rpa.hf.cache import PageAllocator
-from torch_rpa.hf.scheduler import Scheduler, Sequence
+from torch_rpa.hf.page_allocator import PageAllocator
+from torch_rpa.hf.scheduler import Chunk, Scheduler
+from torch_rpa.hf.sequence import Sequence
 
 
 def make_sequence(num_prompt: int, max_new_tokens: int, name: str = "") -> Sequence:
@@ -19,16 +22,20 @@ def make_scheduler(num_pages=100, page_size=8, max_num_seqs=4, max_step_tokens=1
 
 
 def run_step(scheduler: Scheduler) -> list[tuple[str, int, int]]:
-    """One step as the engine takes it; (request, start, tokens) of each chunk."""
+    """One step as the engine takes it, with a model that always says 0; (request, start, tokens) of each chunk."""
     chunks = scheduler.schedule()
     for chunk in chunks:
-        samples = chunk.samples
-        chunk.sequence.num_cached += chunk.num_tokens
-        if samples:
-            chunk.sequence.generated_tokens.append(0)
-            if chunk.sequence.is_finished:
-                scheduler.finish(chunk.sequence)
+        finish_chunk(scheduler, chunk, 0)
     return [(chunk.sequence.request_id, chunk.start, chunk.num_tokens) for chunk in chunks]
+
+
+def finish_chunk(scheduler: Scheduler, chunk: Chunk, token: int) -> None:
+    samples = chunk.samples
+    scheduler.advance(chunk)
+    if samples:
+        chunk.sequence.append(token, 0.0)
+        if chunk.sequence.is_finished:
+            scheduler.remove(chunk.sequence)
 
 
 def test_decoding_sequences_go_first_and_prompts_fill_the_rest():
@@ -43,14 +50,87 @@ def test_decoding_sequences_go_first_and_prompts_fill_the_rest():
     assert run_step(scheduler) == [("a", 6, 1), ("b", 40, 1), ("c", 2, 1)]
 
 
-def test_request_is_admitted_only_with_pages_for_its_whole_answer_and_in_order():
-    scheduler = make_scheduler(num_pages=4)
-    for name, num_prompt in (("a", 17), ("b", 9), ("c", 2)):
-        scheduler.add(make_sequence(num_prompt, 4, name))  # 3, 2 and 1 pages
-    assert run_step(scheduler) == [("a", 0, 16)]  # c would fit, but does not overtake b
+def test_request_is_admitted_with_pages_for_its_prompt_and_one_more_for_each_running_one_in_order():
+    scheduler = make_scheduler(num_pages=5)
+    scheduler.add(make_sequence(17, 4, "a"))
+    assert run_step(scheduler) == [("a", 0, 16)]
+    b = make_sequence(10, 4, "b")  # 2 pages of the 2 free ones, and a may soon need one
+    b.prompt_ids[0] = 99  # nothing in common
+    scheduler.add(b)
+    scheduler.add(make_sequence(2, 4, "c"))  # would fit, but does not overtake b
     while any(sequence.request_id == "a" for sequence in scheduler.running):
+        assert [name for name, *_ in run_step(scheduler)] == ["a"]
+    assert run_step(scheduler) == [("b", 0, 10), ("c", 0, 2)]
+
+
+def test_the_newest_sequence_is_preempted_and_computed_again():
+    scheduler = make_scheduler(num_pages=4)
+    old, new = make_sequence(7, 12, "old"), make_sequence(8, 12, "new")
+    new.prompt_ids[0] = 99  # nothing in common
+    scheduler.add(old)
+    scheduler.add(new)
+    for _ in range(9):
         run_step(scheduler)
-    assert run_step(scheduler) == [("b", 0, 9), ("c", 0, 2)]
+    assert (len(old.pages), len(new.pages)) == (2, 2)
+    while scheduler.stats.num_preemptions == 0:
+        run_step(scheduler)
+    assert scheduler.running == [old]
+    assert list(scheduler.waiting) == [new]
+    assert (new.pages, new.num_cached, len(new.generated_tokens)) == ([], 0, 9)  # what it wrote is not lost
+    while scheduler.has_work:
+        run_step(scheduler)
+    assert len(old.generated_tokens) == len(new.generated_tokens) == 12
+    assert scheduler.allocator.num_free == 4
+
+
+def test_a_request_that_needs_every_page_runs_though_others_wait():
+    scheduler = make_scheduler(num_pages=3)
+    scheduler.add(make_sequence(20, 5, "all"))
+    scheduler.add(make_sequence(3, 3, "small"))
+    while scheduler.has_work:
+        run_step(scheduler)
+    assert scheduler.allocator.num_free == 3
+
+
+def test_full_pages_of_a_common_prefix_are_shared_and_only_the_rest_is_run():
+    scheduler = make_scheduler(max_step_tokens=64)
+    first, second = make_sequence(20, 5, "first"), make_sequence(27, 5, "second")  # 20 tokens in common
+    scheduler.add(first)
+    run_step(scheduler)
+    scheduler.add(second)
+    assert run_step(scheduler) == [("first", 20, 1), ("second", 16, 11)]
+    assert second.pages[:2] == first.pages[:2]
+    assert not set(second.pages[2:]) & set(first.pages)
+    assert scheduler.stats.prefix_hit_rate == 16 / 47
+
+
+def test_the_last_token_is_always_run_even_if_its_page_is_known():
+    scheduler = make_scheduler(max_step_tokens=64)
+    for name in ("first", "second"):
+        scheduler.add(make_sequence(16, 1, name))
+        assert run_step(scheduler) == [(name, 0, 16) if name == "first" else (name, 8, 8)]
+
+
+def test_cancelling_frees_the_pages_of_a_running_and_of_a_waiting_sequence():
+    scheduler = make_scheduler(num_pages=8, max_num_seqs=1)
+    running, waiting = make_sequence(20, 5), make_sequence(3, 3)
+    scheduler.add(running)
+    scheduler.add(waiting)
+    run_step(scheduler)
+    scheduler.remove(running)
+    assert scheduler.allocator.num_free == 8
+    scheduler.remove(waiting)
+    assert not scheduler.has_work
+
+
+def test_restart_computes_everything_again_and_trusts_no_page():
+    scheduler = make_scheduler()
+    first, second = make_sequence(9, 5, "first"), make_sequence(20, 5, "second")
+    scheduler.add(first)
+    scheduler.add(second)
+    run_step(scheduler)
+    scheduler.restart()
+    assert run_step(scheduler) == [("first", 0, 10), ("second", 0, 6)]
 
 
 def test_clear_gives_every_page_back():
@@ -85,8 +165,8 @@ def test_packed_batch_has_the_ops_metadata():
     assert kv_lens == [3, 7, 0]
     assert cu_q_lens == [0, 1, 8, 8]
     assert num_seqs == [2]
-    assert pages == [*first.pages, *second.pages, -1, -1]
-    assert (len(first.pages), len(second.pages)) == (2, 2)
+    assert pages == [*first.pages, -1, *second.pages, -1, -1]
+    assert (len(first.pages), len(second.pages)) == (1, 2)
 
 
 def _split(packed, sizes):
@@ -97,57 +177,74 @@ def _split(packed, sizes):
     return parts
 
 
-def test_allocator_refuses_what_it_cannot_give_or_does_not_own():
-    allocator = PageAllocator(3)
-    pages = allocator.allocate(2)
-    with pytest.raises(ValueError, match="count=2 of 1 free pages"):
-        allocator.allocate(2)
-    with pytest.raises(ValueError, match="count=-1"):
-        allocator.allocate(-1)
-    allocator.free(pages)
-    with pytest.raises(ValueError, match="freed twice"):
-        allocator.free(pages[:1])
-    with pytest.raises(ValueError, match="freed twice"):
-        allocator.free([3])
-    again = allocator.allocate(1)
-    with pytest.raises(ValueError, match="freed twice"):
-        allocator.free(again * 2)
-    assert allocator.num_free == 2  # a refused call changes nothing
+class FakeCache:
+    """What each slot of each page holds: the whole prefix that its key was computed from."""
+
+    def __init__(self, page_size: int) -> None:
+        self.page_size = page_size
+        self.slots: dict[tuple[int, int], tuple[int, ...]] = {}
+
+    def run(self, chunk: Chunk) -> int:
+        """Write the chunk's slots, check every slot it sees, and give a token that depends on all of them."""
+        prefix = chunk.sequence.tokens(0, chunk.end)
+        for position in range(chunk.start, chunk.end):
+            self.slots[self._slot(chunk, position)] = tuple(prefix[: position + 1])
+        for position in range(chunk.end):
+            assert self.slots[self._slot(chunk, position)] == tuple(prefix[: position + 1])
+        return sum(prefix) % 3
+
+    def _slot(self, chunk: Chunk, position: int) -> tuple[int, int]:
+        return chunk.sequence.pages[position // self.page_size], position % self.page_size
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.data(), st.integers(1, 30))
-def test_no_page_is_lost_and_none_is_owned_twice(data, num_pages):
-    allocator, owned = PageAllocator(num_pages), []
-    for _ in range(data.draw(st.integers(0, 30))):
-        if owned and data.draw(st.booleans()):
-            allocator.free(owned.pop(data.draw(st.integers(0, len(owned) - 1))))
-        else:
-            owned.append(allocator.allocate(data.draw(st.integers(0, allocator.num_free))))
-        everything = [page for pages in owned for page in pages]
-        assert len(set(everything)) == len(everything) == num_pages - allocator.num_free
-        assert set(everything) <= set(range(num_pages))
+def answer_alone(prompt: list[int], max_new_tokens: int) -> list[int]:
+    """What the fake model says without any batch or cache."""
+    tokens = list(prompt)
+    for _ in range(max_new_tokens):
+        tokens.append(sum(tokens) % 3)
+    return tokens[len(prompt) :]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(
-    requests=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 12)), max_size=15),
+    requests=st.lists(
+        st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=60), st.integers(1, 12), st.integers(0, 8)),
+        max_size=15,
+    ),
     num_pages=st.integers(9, 30),
     max_num_seqs=st.integers(1, 6),
     spare_tokens=st.integers(0, 20),
+    prefix_caching=st.booleans(),
 )
-def test_every_request_is_answered_whatever_the_sizes(requests, num_pages, max_num_seqs, spare_tokens):
-    scheduler = make_scheduler(num_pages, 8, max_num_seqs, max_num_seqs + spare_tokens)
-    sequences = [make_sequence(*request) for request in requests]
+def test_every_request_is_answered_rightly_whatever_the_sizes_and_cancels(
+    requests, num_pages, max_num_seqs, spare_tokens, prefix_caching
+):
+    """Prompts over an alphabet of two share many prefixes; a request with a delay of 1 to 8 steps is cancelled then."""
+    allocator, cache = PageAllocator(num_pages, prefix_caching=prefix_caching), FakeCache(8)
+    scheduler = Scheduler(
+        allocator, page_size=8, max_num_seqs=max_num_seqs, max_step_tokens=max_num_seqs + spare_tokens
+    )
+    sequences = [Sequence(str(i), prompt, count) for i, (prompt, count, _) in enumerate(requests)]
     for sequence in sequences:
         scheduler.add(sequence)
-    while scheduler.has_work:
-        decoding = [sequence for sequence in scheduler.running if sequence.num_uncached == 1]
-        chunks = run_step(scheduler)
-        assert 0 < len(chunks) <= max_num_seqs
-        assert len(decoding) <= sum(num_tokens for _, _, num_tokens in chunks) <= max_num_seqs + spare_tokens
+    cancelled = set()
+    for step in itertools.count(1):
+        for sequence, (_, _, delay) in zip(sequences, requests, strict=True):
+            if delay == step and not sequence.is_finished:
+                scheduler.remove(sequence)
+                cancelled.add(sequence)
+        if not scheduler.has_work:
+            break
+        chunks = scheduler.schedule()
+        written = [page for chunk in chunks for page in set(chunk.sequence.pages[chunk.start // 8 :])]
         owned = [page for sequence in scheduler.running for page in sequence.pages]
-        assert len(set(owned)) == len(owned) == num_pages - scheduler.allocator.num_free
-        assert all(sequence.num_cached <= 8 * len(sequence.pages) for sequence in scheduler.running)
-    assert [len(sequence.generated_tokens) for sequence in sequences] == [count for _, count in requests]
-    assert scheduler.allocator.num_free == num_pages
+        assert all(owned.count(page) == 1 for page in written)
+        assert num_pages - allocator.num_free == len(set(owned))
+        assert 0 < len(chunks) <= max_num_seqs
+        assert sum(chunk.num_tokens for chunk in chunks) <= max_num_seqs + spare_tokens
+        for chunk in chunks:
+            finish_chunk(scheduler, chunk, cache.run(chunk))
+    for sequence, (prompt, count, _) in zip(sequences, requests, strict=True):
+        if sequence not in cancelled:
+            assert sequence.generated_tokens == answer_alone(prompt, count)
+    assert allocator.num_free == num_pages

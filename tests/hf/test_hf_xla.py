@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import make_model, make_prompts
+from tiny_models import make_model, make_prompts, plain_greedy, tokens
 from transformers import GenerationConfig
 
 from torch_rpa import hf
@@ -74,6 +74,7 @@ def test_pages_stay_in_their_buffers(model):
 
     model.generate_batch(make_prompts(3, 50), max_new_tokens=4)
     first = pointers()
+    assert len(set(first)) == len(first)
     engine = engine_of(model)
     for index, prompt in enumerate(make_prompts(20, 3)):
         engine.add(prompt, request_id=str(index), max_new_tokens=5)
@@ -90,3 +91,47 @@ def test_lazy_tensors_of_others_stay_out_of_the_program(model, xla):
     model.generate_batch(prompts, max_new_tokens=4)
     assert compile_count() == before
     assert someone_elses.tolist() == [2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("xla_step", ["replay", "lazy", "openxla"])
+def test_every_way_to_run_a_step_gives_the_same_tokens(xla, xla_step):
+    prompts = make_prompts(3, 50, 7)
+    config = GenerationConfig(do_sample=True, top_k=20, max_new_tokens=6)
+    expected = [tokens(hf.patch(make_model(), **SETTINGS).generate_batch(prompts, one, seed=1, max_new_tokens=6))
+                for one in (None, config)]  # fmt: skip
+    model = hf.patch(make_model().to(xla), **SETTINGS, xla_step=xla_step)
+    assert [tokens(model.generate_batch(prompts, one, seed=1, max_new_tokens=6)) for one in (None, config)] == expected
+    after_first = engine_of(model).stats.num_compilations
+    assert after_first <= 5 if xla_step == "openxla" else after_first <= 4
+    model.generate_batch(make_prompts(80, 1, 2, 9, 4), max_new_tokens=7)
+    assert engine_of(model).stats.num_compilations == after_first
+
+
+def test_after_warm_up_nothing_is_compiled_whatever_comes(model):
+    model.warmup(progress_bar=False)
+    assert engine_of(model).stats.compilations_after_warm_up == 0
+    before = compile_count()
+    wild = GenerationConfig(do_sample=True, temperature=90.0, top_k=0, top_p=0.99, repetition_penalty=1.1)
+    for config in (None, GenerationConfig(do_sample=True), wild):
+        model.generate_batch(make_prompts(3, 50, 7, 120), config, max_new_tokens=6, min_new_tokens=2, eos_token_id=3)
+    assert engine_of(model).stats.compilations_after_warm_up == 0
+    assert compile_count() == before
+
+
+def test_new_weights_are_used_without_compiling(model):
+    prompts, other = make_prompts(3, 20), make_model(seed=1)
+    first = tokens(model.generate_batch(prompts, max_new_tokens=4))
+    before = engine_of(model).stats.num_compilations
+    model.load_state_dict(other.state_dict())
+    assert tokens(model.generate_batch(prompts, max_new_tokens=4)) == plain_greedy(other, prompts, 4) != first
+    assert engine_of(model).stats.num_compilations == before
+
+
+def test_a_module_put_in_after_the_first_step_is_run(model):
+    prompts, other = make_prompts(3, 20), make_model(seed=1)
+    first = tokens(model.generate_batch(prompts, max_new_tokens=4))
+    model.lm_head = other.lm_head.to(model.device)
+    changed = make_model()
+    changed.lm_head = make_model(seed=1).lm_head
+    expected = plain_greedy(changed, prompts, 4)
+    assert tokens(model.generate_batch(prompts, max_new_tokens=4)) == expected != first

@@ -139,9 +139,9 @@ def make_config(family: str = "llama", **changes):
     return FAMILIES[family].config(**changes)
 
 
-def make_model(family: str = "llama", **changes):
-    """A model on the CPU in eval mode, the same for the same arguments."""
-    torch.manual_seed(FAMILIES[family].seed)
+def make_model(family: str = "llama", *, seed: int | None = None, **changes):
+    """A model on the CPU in eval mode, the same for the same arguments; the family's seed if none is given."""
+    torch.manual_seed(FAMILIES[family].seed if seed is None else seed)
     return FAMILIES[family].model_type(make_config(family, **changes)).eval()
 
 

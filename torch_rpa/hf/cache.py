@@ -1,48 +1,20 @@
-"""The paged KV cache: pages on the device, and who owns which."""
+"""The paged KV cache: an array of pages for each layer, on the device."""
 
 import logging
-from collections.abc import Iterable
 
 import torch
 
 import torch_rpa
 from torch_rpa.hf.config import EngineConfig
+from torch_rpa.hf.page_allocator import pages_for
 
 logger = logging.getLogger(__name__)
 
-# With num_pages=None the pool holds max_num_seqs sequences of this many tokens (or of the model's own limit).
+# With num_pages=None, where the device does not tell its free memory, the pool holds max_num_seqs sequences of this
+# many tokens (or of the model's own limit).
 DEFAULT_TOKENS_PER_SEQ = 1024
-
-
-class PageAllocator:
-    """Hands out page numbers 0 .. num_pages - 1; each belongs to one owner until it is freed."""
-
-    def __init__(self, num_pages: int) -> None:
-        self.num_pages = num_pages
-        # Taken from the end, so that page 0 goes first and just freed pages are used again while still in
-        # caches.
-        self._free = list(range(num_pages - 1, -1, -1))
-        self._owned: set[int] = set()
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
-
-    def allocate(self, count: int) -> list[int]:
-        """`count` pages that nobody owns. Raises ValueError if fewer are free; then nothing is taken."""
-        if not 0 <= count <= self.num_free:
-            raise ValueError(f"allocate: {count=} of {self.num_free} free pages ({self.num_pages} in all)")
-        pages = [self._free.pop() for _ in range(count)]
-        self._owned.update(pages)
-        return pages
-
-    def free(self, pages: Iterable[int]) -> None:
-        """Give pages back. Raises ValueError, and frees nothing, if one is not owned or stands there twice."""
-        pages = list(pages)
-        if len(set(pages)) < len(pages) or not self._owned.issuperset(pages):
-            raise ValueError(f"free: {pages} holds a page twice, or one that nobody owns (freed twice?)")
-        self._owned.difference_update(pages)
-        self._free.extend(reversed(pages))
+# Of what is free when the engine is made, with the weights in place; the rest is for a step's activations and logits.
+MEMORY_FRACTION = 0.8
 
 
 class PagedKVCache:
@@ -99,19 +71,38 @@ def num_kv_heads_of(model_config) -> int:
     return getattr(model_config, "num_key_value_heads", None) or model_config.num_attention_heads
 
 
-def pages_for(num_tokens: int, page_size: int) -> int:
-    """Pages that num_tokens tokens fill."""
-    return -(-num_tokens // page_size)
+def page_bytes(model_config, page_size: int, dtype: torch.dtype) -> int:
+    """Bytes that one page takes, over all layers with pages of their own."""
+    num_layers = len(set(kv_source_layers(model_config)))
+    return num_layers * page_size * 2 * num_kv_heads_of(model_config) * head_dim_of(model_config) * dtype.itemsize
 
 
-def pool_pages(model_config, config: EngineConfig) -> int:
-    """num_pages, or if that is None: max_num_seqs sequences of min(max_position_embeddings, 1024) tokens each."""
+def pool_pages(model, config: EngineConfig) -> int:
+    """num_pages; or if that is None as many as fit into MEMORY_FRACTION of the device's free memory, at most what
+    max_num_seqs sequences of max_position_embeddings tokens need; or where the device does not say what is free, pages
+    for max_num_seqs sequences of min(max_position_embeddings, 1024) tokens. What was chosen is logged at INFO."""
     if config.num_pages is not None:
         return config.num_pages
-    tokens = min(model_config.max_position_embeddings, DEFAULT_TOKENS_PER_SEQ)
-    num_pages = config.max_num_seqs * pages_for(tokens, config.page_size)
-    logger.info(
-        "num_pages=None: chose %d pages of %d tokens, %d sequences of %d tokens",
-        num_pages, config.page_size, config.max_num_seqs, tokens,
-    )  # fmt: skip
+    longest = model.config.max_position_embeddings
+    free_bytes = _free_bytes(model.device)
+    if free_bytes is None:
+        tokens = min(longest, DEFAULT_TOKENS_PER_SEQ)
+        num_pages = config.max_num_seqs * pages_for(tokens, config.page_size)
+        reason = f"{config.max_num_seqs} sequences of {tokens} tokens ({model.device} does not say what memory is free)"
+    else:
+        one = page_bytes(model.config, config.page_size, config.kv_dtype or model.dtype)
+        fitting = int(free_bytes * MEMORY_FRACTION) // one
+        num_pages = max(1, min(fitting, config.max_num_seqs * pages_for(longest, config.page_size)))
+        reason = (
+            f"{num_pages * one / 2**30:.2f} GiB of the {free_bytes / 2**30:.2f} GiB that are free on {model.device}"
+        )
+    logger.info("num_pages=None: chose %d pages of %d tokens, %s", num_pages, config.page_size, reason)
     return num_pages
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    if device.type != "xla":
+        return None
+    from torch_rpa import bridge
+
+    return bridge.free_memory_bytes(device)

@@ -7,7 +7,9 @@ import torch
 
 from torch_rpa.validation import PAGE_SIZES
 
-DEFAULT_TOKEN_BUCKETS = (8, 64, 256)
+# Token buckets in multiples of max_num_seqs: pure decoding, some prompts beside it, prompts.
+DEFAULT_BUCKET_MULTIPLES = (1, 8, 32)
+XLA_STEPS = ("replay", "lazy", "openxla")
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -23,8 +25,13 @@ class EngineConfig:
     num_pages       pages in the pool shared by all sequences, or None (see `cache.pool_pages`)
     max_num_seqs    sequences that run at the same time
     token_buckets   rising row counts; a step is padded to the smallest that holds it. The first should be at
-                    least max_num_seqs, so that pure decoding uses it, and the last bounds a prefill chunk
+                    least max_num_seqs, so that pure decoding uses it, and the last bounds a prefill chunk. None:
+                    1, 8 and 32 times max_num_seqs on an XLA device; on CPU tensors, where nothing is compiled,
+                    steps are not padded at all
     kv_dtype        dtype of the pages: None (the model's), torch.float8_e4m3fn or torch.float8_e5m2
+    prefix_caching  requests with a common prefix share the full pages of it
+    xla_step        how a step runs on an XLA device: "replay" (traced once for each program), "lazy" (traced at every
+                    step) or "openxla" (torch.compile with that backend)
 
     Raises ValueError for a value out of range and NotImplementedError for a kv_dtype the engine cannot fill.
     """
@@ -32,13 +39,17 @@ class EngineConfig:
     page_size: int = 16
     num_pages: int | None = None
     max_num_seqs: int = 8
-    token_buckets: tuple[int, ...] = DEFAULT_TOKEN_BUCKETS
+    token_buckets: tuple[int, ...] | None = None
     kv_dtype: torch.dtype | None = None
+    prefix_caching: bool = True
+    xla_step: str = "replay"
 
     def __post_init__(self) -> None:
         problems = [*self._problems_with_counts(), *self._problems_with_buckets()]
         if self.kv_dtype is not None and not isinstance(self.kv_dtype, torch.dtype):
             problems.append(f"kv_dtype={self.kv_dtype!r} must be None or a torch.dtype")
+        if self.xla_step not in XLA_STEPS:
+            problems.append(f"xla_step={self.xla_step!r} must be one of {', '.join(XLA_STEPS)}")
         if problems:
             raise ValueError("torch_rpa.hf.patch: " + "; ".join(problems))
         if self.kv_dtype == torch.int8:
@@ -59,8 +70,10 @@ class EngineConfig:
 
     def _problems_with_buckets(self) -> list[str]:
         buckets = self.token_buckets
+        if buckets is None:
+            return []
         if not isinstance(buckets, (tuple, list)) or not buckets or not all(map(_is_count, buckets)):
-            return [f"token_buckets={buckets!r} must be a tuple of positive integers"]
+            return [f"token_buckets={buckets!r} must be None or a tuple of positive integers"]
         object.__setattr__(self, "token_buckets", tuple(buckets))
         if any(small >= large for small, large in pairwise(buckets)):
             return [f"token_buckets={buckets!r} must rise"]
@@ -72,10 +85,14 @@ class EngineConfig:
         return []
 
     @property
+    def buckets(self) -> tuple[int, ...]:
+        return self.token_buckets or tuple(multiple * self.max_num_seqs for multiple in DEFAULT_BUCKET_MULTIPLES)
+
+    @property
     def max_step_tokens(self) -> int:
         """Rows of the largest bucket: the budget of one step."""
-        return self.token_buckets[-1]
+        return self.buckets[-1]
 
     def bucket_for(self, num_tokens: int) -> int:
         """The smallest bucket that holds num_tokens rows (at most max_step_tokens)."""
-        return next(bucket for bucket in self.token_buckets if bucket >= num_tokens)
+        return next(bucket for bucket in self.buckets if bucket >= num_tokens)

@@ -4,12 +4,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from tqdm.auto import tqdm
 
-from torch_rpa.hf.cache import PageAllocator, pages_for
 from torch_rpa.hf.config import EngineConfig
+from torch_rpa.hf.page_allocator import PageAllocator, pages_for
 from torch_rpa.hf.runner import ModelRunner
 from torch_rpa.hf.sampling import GREEDY, SamplingParams
-from torch_rpa.hf.scheduler import Scheduler, Sequence
+from torch_rpa.hf.scheduler import Scheduler
+from torch_rpa.hf.sequence import Sequence
+from torch_rpa.hf.stop_strings import StopStrings
 
 
 @dataclass(frozen=True)
@@ -21,9 +24,30 @@ class TokenEvent:
     is_finished: bool
 
 
+@dataclass(frozen=True)
+class EngineStats:
+    """Counters since the engine was made, and what stands now.
+
+    prefix_hit_rate             share of the admitted tokens that shared pages held already, 0 to 1
+    num_compilations            XLA programs that its steps have compiled
+    compilations_after_warm_up  of these, after the last `warm_up`; None if there was none
+    """
+
+    num_steps: int
+    num_running: int
+    num_waiting: int
+    num_finished: int
+    num_cancelled: int
+    num_preemptions: int
+    prefix_hit_rate: float
+    num_free_pages: int
+    num_pages: int
+    num_compilations: int
+    compilations_after_warm_up: int | None
+
+
 class Engine:
-    """Runs any number of requests on one patched model. Not thread-safe: one thread calls add, step and
-    reset.
+    """Runs any number of requests on one patched model. Not thread-safe: one thread calls its methods.
 
     for event in engine.run(): ...      # after engine.add(...), possibly adding more on the way
     """
@@ -31,18 +55,45 @@ class Engine:
     def __init__(self, model, config: EngineConfig) -> None:
         self.config = config
         self.runner = ModelRunner(model, config)
-        self.allocator = PageAllocator(self.runner.num_pages)
+        self.allocator = PageAllocator(self.runner.num_pages, prefix_caching=config.prefix_caching)
         self.scheduler = Scheduler(
             self.allocator,
             page_size=config.page_size,
             max_num_seqs=config.max_num_seqs,
             max_step_tokens=config.max_step_tokens,
         )
-        self.num_steps = 0
+        self.num_steps = self._num_finished = self._num_cancelled = 0
+        self._compilations_at_warm_up: int | None = None
 
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
+
+    @property
+    def stats(self) -> EngineStats:
+        compiled, at_warm_up = self.runner.num_compilations, self._compilations_at_warm_up
+        return EngineStats(
+            num_steps=self.num_steps,
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            num_finished=self._num_finished,
+            num_cancelled=self._num_cancelled,
+            num_preemptions=self.scheduler.stats.num_preemptions,
+            prefix_hit_rate=self.scheduler.stats.prefix_hit_rate,
+            num_free_pages=self.allocator.num_free,
+            num_pages=self.allocator.num_pages,
+            num_compilations=compiled,
+            compilations_after_warm_up=None if at_warm_up is None else compiled - at_warm_up,
+        )
+
+    def warm_up(self, progress_bar: bool = True) -> None:
+        """Run every program that serving can need once, so that XLA compiles nothing afterwards."""
+        self._check_model()
+        with tqdm(total=self.runner.num_programs, desc="Warming up", unit="program", disable=not progress_bar) as bar:
+            for name in self.runner.warm_up():
+                bar.set_postfix_str(name)
+                bar.update()
+        self._compilations_at_warm_up = self.runner.num_compilations
 
     def refusal(self, num_prompt_tokens: int, max_new_tokens: int) -> str | None:
         """Why a request of this size can never run, with the numbers; None if it can."""
@@ -69,7 +120,9 @@ class Engine:
         *,
         request_id: str,
         max_new_tokens: int,
+        min_new_tokens: int = 0,
         stop_token_ids: frozenset[int] = frozenset(),
+        stop_strings: StopStrings | None = None,
         sampling: SamplingParams = GREEDY,
         seed: int | list[int] | None = None,
     ) -> Sequence:
@@ -84,36 +137,57 @@ class Engine:
             request_id=request_id,
             prompt_ids=list(prompt_ids),
             max_new_tokens=max_new_tokens,
+            min_new_tokens=min_new_tokens,
             stop_token_ids=stop_token_ids,
+            stop_strings=stop_strings,
             sampling=sampling,
-            rng=None if sampling == GREEDY else np.random.default_rng(seed),
+            rng=np.random.default_rng(seed) if sampling.do_sample else None,
+            vocab_size=self.runner.model.config.vocab_size,
         )
         self.scheduler.add(sequence)
         return sequence
 
+    def cancel(self, sequence: Sequence) -> None:
+        """Take out a request that is waiting or running; its pages are free at once."""
+        self.scheduler.remove(sequence)
+        self._num_cancelled += 1
+
     def step(self) -> list[TokenEvent]:
         """One launch over every running sequence; the tokens it gave (none for an unfinished prompt)."""
+        self._check_model()
         chunks = self.scheduler.schedule()
         if not chunks:
             return []
-        tokens = self.runner.run(chunks)
+        results = self.runner.run(chunks)
         self.num_steps += 1
         events = []
-        for chunk, token in zip(chunks, tokens, strict=True):
+        for chunk, (token, logprob) in zip(chunks, results, strict=True):
             sequence, samples = chunk.sequence, chunk.samples
-            sequence.num_cached += chunk.num_tokens
+            self.scheduler.advance(chunk)
             if samples:
-                sequence.generated_tokens.append(token)
+                sequence.append(token, logprob)
                 events.append(TokenEvent(sequence, token, sequence.is_finished))
                 if sequence.is_finished:
-                    self.scheduler.finish(sequence)
+                    self.scheduler.remove(sequence)
+                    self._num_finished += 1
         return events
+
+    def _check_model(self) -> None:
+        """The model may have been moved or changed since the last step: then what was kept of it is of no use."""
+        if self.runner.needs_new_cache:
+            self.scheduler.restart()
+        if not self.scheduler.running:
+            self.runner.check_weights()
 
     def run(self) -> Iterator[TokenEvent]:
         """Step until nothing is left. After an exception, or if the caller stops early, what is left stays queued
         until it is run again or dropped by `reset`; after an exception in a step only `reset` is safe."""
         while self.has_work:
             yield from self.step()
+
+    def forget_prefixes(self) -> None:
+        """Share no page that was filled up to now: needed after the model's weights have changed."""
+        self.allocator.forget_prefixes()
 
     def reset(self) -> None:
         """Drop all requests, free all pages, and let the cache go."""

@@ -3,14 +3,18 @@
 import operator
 from dataclasses import dataclass
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from torch_rpa.hf.sampling import GREEDY, SamplingParams
+from torch_rpa.hf.stop_strings import StopStrings
 
 # Fields the engine honours.
-_HONOURED = {"max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "eos_token_id"}
+_HONOURED = {
+    "max_new_tokens", "max_length", "min_new_tokens", "min_length", "do_sample", "temperature", "top_k", "top_p",
+    "repetition_penalty", "eos_token_id", "stop_strings", "num_return_sequences",
+}  # fmt: skip
 # Fields that change nothing here: nothing is padded, nothing is compiled by transformers, and the assistant's
-# settings matter only with an assistant model, which generate_batch does not take.
+# settings matter only with an assistant model, which the engine does not take.
 _WITHOUT_EFFECT = {
     "pad_token_id", "bos_token_id", "decoder_start_token_id", "disable_compile", "transformers_version",
     "early_stopping", "length_penalty", "diversity_penalty", "num_beam_groups",
@@ -18,58 +22,84 @@ _WITHOUT_EFFECT = {
     "assistant_early_exit", "assistant_lookbehind", "target_lookbehind", "max_matching_ngram_size",
 }  # fmt: skip
 # Values other than None, False, 0 and [] that mean "off".
-_NEUTRAL = {
-    "num_beams": 1, "num_return_sequences": 1, "use_cache": True, "repetition_penalty": 1.0,
-    "encoder_repetition_penalty": 1.0, "typical_p": 1.0,
-}  # fmt: skip
+_NEUTRAL = {"num_beams": 1, "use_cache": True, "encoder_repetition_penalty": 1.0, "typical_p": 1.0}
 
 
 @dataclass(frozen=True)
 class RequestParams:
-    """What one call of generate_batch asks of each request; one of the two limits may be None."""
+    """What a request asks for, whatever its prompt; with no limit of new tokens it may fill the cache."""
 
-    max_new_tokens: int | None
-    max_length: int | None
-    stop_token_ids: frozenset[int]
-    sampling: SamplingParams
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+    min_new_tokens: int | None = None
+    min_length: int | None = None
+    stop_token_ids: frozenset[int] = frozenset()
+    stop_strings: StopStrings | None = None
+    sampling: SamplingParams = GREEDY
+    num_return_sequences: int = 1
 
-    def new_tokens_for(self, num_prompt_tokens: int) -> int:
-        """The limit of generated tokens for a prompt of this length."""
-        return self.max_length - num_prompt_tokens if self.max_new_tokens is None else self.max_new_tokens
+    def for_prompt(self, num_prompt_tokens: int, max_tokens_per_seq: int) -> dict:
+        """`Engine.add`'s keywords for a prompt of this length. max_new_tokens goes before max_length, as does the
+        minimum of new tokens before that of all."""
+        if self.max_new_tokens is not None:
+            max_new_tokens = self.max_new_tokens
+        elif self.max_length is not None:
+            max_new_tokens = self.max_length - num_prompt_tokens
+        else:  # the last token needs no place in the cache; a prompt that fills it all is refused by its size
+            max_new_tokens = max(1, max_tokens_per_seq + 1 - num_prompt_tokens)
+        min_new_tokens = self.min_new_tokens
+        if min_new_tokens is None:
+            min_new_tokens = (self.min_length or 0) - num_prompt_tokens
+        return {
+            "max_new_tokens": max_new_tokens,
+            "min_new_tokens": min_new_tokens,
+            "stop_token_ids": self.stop_token_ids,
+            "stop_strings": self.stop_strings,
+            "sampling": self.sampling,
+        }
 
 
-def resolve(model, config: GenerationConfig | None, max_new_tokens: int | None) -> RequestParams:
-    """Fields left None come from model.generation_config, then from transformers' defaults, as in `generate`.
+def resolve(
+    model,
+    config: GenerationConfig | None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **overrides,
+) -> RequestParams:
+    """Overrides that are not None go first, then the config's fields, then model.generation_config, then
+    transformers' defaults, as in `generate`.
 
-    The keyword max_new_tokens goes before the config's, and max_new_tokens before max_length. Raises
-    NotImplementedError that lists every field set to something the engine does not do, ValueError for a bad
-    value.
+    stop_strings need the tokenizer. Raises NotImplementedError that lists every field set to something the engine does
+    not do, TypeError for a name that is no field, ValueError for a bad value.
     """
     if config is not None and not isinstance(config, GenerationConfig):
-        raise TypeError(
-            f"generate_batch: generation_config must be a transformers.GenerationConfig, got {type(config).__name__}"
-        )
-    values = _merged(config, model.generation_config)
+        raise TypeError(f"generation_config must be a transformers.GenerationConfig, got {type(config).__name__}")
+    values = _merged(overrides, config, model.generation_config)
     refused = [f"{name}={value!r}" for name, value in values.items() if not _is_supported(name, value)]
     if refused:
-        raise NotImplementedError(f"generate_batch does not support these generation settings: {', '.join(refused)}")
-    if max_new_tokens is None:
-        max_new_tokens = values["max_new_tokens"]
-    if max_new_tokens is None and values["max_length"] is None:
-        raise ValueError(
-            "generate_batch: max_new_tokens is not given, and the generation config has neither max_new_tokens nor "
-            "max_length; pages are reserved for the whole answer, so a limit is needed"
-        )
+        raise NotImplementedError(f"torch_rpa.hf does not support these generation settings: {', '.join(refused)}")
     return RequestParams(
-        max_new_tokens, values["max_length"], _stop_token_ids(values["eos_token_id"]), _sampling(values)
+        max_new_tokens=values["max_new_tokens"],
+        max_length=values["max_length"],
+        min_new_tokens=values["min_new_tokens"],
+        min_length=values["min_length"],
+        stop_token_ids=_stop_token_ids(values["eos_token_id"]),
+        stop_strings=_stop_strings(values["stop_strings"], tokenizer),
+        sampling=_sampling(values),
+        num_return_sequences=_num_return_sequences(values["num_return_sequences"]),
     )
 
 
-def _merged(config: GenerationConfig | None, defaults: GenerationConfig) -> dict:
+def _merged(overrides: dict, config: GenerationConfig | None, defaults: GenerationConfig) -> dict:
     fields = [name for name in vars(GenerationConfig()) if not name.startswith("_")]
+    unknown = sorted(overrides.keys() - set(fields))
+    if unknown:
+        raise TypeError(
+            f"torch_rpa.hf does not know the keywords {', '.join(unknown)}; see transformers.GenerationConfig"
+        )
     values = {name: getattr(defaults, name, None) for name in fields}
     given = {name: getattr(config, name, None) for name in fields} if config is not None else {}
-    values.update({name: value for name, value in given.items() if value is not None})
+    for source in (given, overrides):
+        values.update({name: value for name, value in source.items() if value is not None})
     return values
 
 
@@ -78,13 +108,18 @@ def _is_supported(name: str, value: object) -> bool:
 
 
 def _sampling(values: dict) -> SamplingParams:
-    if not values["do_sample"]:
-        return GREEDY  # temperature, top_k and top_p are for sampling only, as in transformers
-    temperature, top_k, top_p = (values[name] for name in ("temperature", "top_k", "top_p"))
+    def given(name, default):
+        return default if values[name] is None else values[name]
+
+    penalty = given("repetition_penalty", 1.0)
+    if not values["do_sample"]:  # temperature, top_k and top_p are for sampling only, as in transformers
+        return SamplingParams(repetition_penalty=penalty)
     return SamplingParams(
-        temperature=1.0 if temperature is None else temperature,
-        top_k=50 if top_k is None else top_k,  # transformers' default when sampling
-        top_p=1.0 if top_p is None else top_p,
+        do_sample=True,
+        temperature=given("temperature", 1.0),
+        top_k=given("top_k", 50),  # transformers' default when sampling
+        top_p=given("top_p", 1.0),
+        repetition_penalty=penalty,
     )
 
 
@@ -94,3 +129,18 @@ def _stop_token_ids(eos_token_id: int | list[int] | None) -> frozenset[int]:
         return frozenset()
     ids = eos_token_id if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
     return frozenset(operator.index(token_id) for token_id in ids if token_id >= 0)
+
+
+def _stop_strings(strings: str | list[str] | None, tokenizer) -> StopStrings | None:
+    if not strings:
+        return None
+    if tokenizer is None:
+        raise ValueError(f"stop_strings={strings!r} need the keyword tokenizer=, to turn tokens into text")
+    return StopStrings((strings,) if isinstance(strings, str) else tuple(strings), tokenizer)
+
+
+def _num_return_sequences(value: int | None) -> int:
+    value = 1 if value is None else value
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"num_return_sequences={value!r} must be an integer of at least 1")
+    return value

@@ -11,18 +11,23 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from torch_rpa.hf import attention, class_patch, experts, keywords
 from torch_rpa.hf.config import EngineConfig
 from torch_rpa.hf.generate import generate_batch
+from torch_rpa.hf.manager import continuous_batching_context_manager, init_continuous_batching, warmup
+from torch_rpa.hf.padded_generate import generate
 from torch_rpa.hf.state import PatchState, attach, detach, is_patched, state_of
 from torch_rpa.hf.support import require_supported_model
 
 # What a patched model has instead of transformers' methods of these names; each takes the model first.
-METHODS = {"generate_batch": generate_batch}
+METHODS = {
+    method.__name__: method
+    for method in (generate, generate_batch, init_continuous_batching, continuous_batching_context_manager, warmup)
+}
 
 
 def patch(model: PreTrainedModel | type[PreTrainedModel], **settings) -> PreTrainedModel | type[PreTrainedModel]:
     """Give this model, or each model of this class, paged attention and `generate_batch`; returns what it was given.
 
     settings: the fields of `EngineConfig`, such as page_size=16, num_pages=None, max_num_seqs=8,
-    token_buckets=(8, 64, 256), kv_dtype=None.
+    token_buckets=None, kv_dtype=None.
 
     Only this model changes (its config becomes a copy of its own, for models may share one), until `unpatch`.
     The cache is allocated at the first use, on the device the model is on then. Patching again replaces the

@@ -1,7 +1,8 @@
 """What `patch` keeps on a model: how to undo it, and the engine once it is needed."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -21,7 +22,8 @@ class PatchState:
     former_configs  the model's modules, each with the config it had before
     former_methods  methods of the engine's names that the user had put on the model
     hooks           on the model and its modules
-    lock            held while requests run: the engine is not thread-safe
+    lock            held while the engine is used: it is not thread-safe
+    has_manager     a manager's thread uses the engine, step by step
     """
 
     config: EngineConfig
@@ -29,11 +31,12 @@ class PatchState:
     former_methods: dict[str, Callable]
     hooks: list[RemovableHandle]
     engine: Engine | None = None
+    has_manager: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __getstate__(self) -> dict:
         """A copy or a pickle of a patched model is patched too, with an engine, a cache and a lock of its own."""
-        return {**vars(self), "engine": None, "lock": None}
+        return {**vars(self), "engine": None, "has_manager": False, "lock": None}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state, lock=threading.Lock())
@@ -66,3 +69,17 @@ def engine_of(model: PreTrainedModel) -> Engine:
     if state.engine is None:
         state.engine = Engine(model, state.config)
     return state.engine
+
+
+@contextmanager
+def exclusive_engine(model: PreTrainedModel) -> Iterator[Engine]:
+    """The engine for one call at a time: requests of another thread would end up in this call's results.
+
+    The model is in eval mode. RuntimeError while a manager runs on it.
+    """
+    state = state_of(model)
+    with state.lock:
+        if state.has_manager:
+            raise RuntimeError("a manager runs on this model: give it the requests, or stop it first")
+        model.eval()
+        yield engine_of(model)
