@@ -82,7 +82,7 @@ def put_tile(config: KernelConfig, refs: Refs, item: schedule.Item, slot):
 
 
 def finish_tile(config: KernelConfig, refs: Refs, fetch, item: schedule.Item, is_last):
-    """Wait for what ``put_tile`` began; after the last item of a row block, later tiles of the sequence may be fetched."""
+    """Wait for what ``put_tile`` began; after a row block's last item, later tiles of its sequence may be fetched."""
     pl.when(refs.tile_writes[0] > 0)(_tile_writes(config, refs).wait)
 
     @pl.when(is_last & (item.row + item.num_rows == config.block_rows))
