@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_tpu_model --chip v6e                        ours, in about a minute
     python -m benchmarks.bench_tpu_model --kv-dtype bfloat16 int8          a column for each
-    python -m benchmarks.bench_tpu_model --update --page-size 16           other variants
+    python -m benchmarks.bench_tpu_model --update --page-size 16           the update beside the read-only op
     make bench-tpu                                                         v6e, v5e and 7x, beside both peers
 
 Prints Markdown: us, and in brackets the share of HBM bandwidth that useful bytes get (decode), or the share of peak
@@ -40,7 +40,7 @@ def parse_args():
     parser.add_argument("--page-size", type=int, default=128, help="of our pages; the peers' have 128 tokens")
     parser.add_argument("--kv-dtype", nargs="+", default=["bfloat16"], help="of our pages")
     parser.add_argument("--form", choices=("flat", "heads"), default="flat", help="of our pages")
-    parser.add_argument("--update", action="store_true", help="ours: the op that writes new tokens")
+    parser.add_argument("--update", action="store_true", help="ours: also the op that writes new tokens")
     parser.add_argument("--projections", action="store_true", help="ours between projections, with q and out in VMEM")
     parser.add_argument(
         "--save", action="store_true", help=f"write our times, of bfloat16 pages, to {MODELLED.relative_to(REPO)}"
@@ -54,13 +54,13 @@ def cases(kernel: str, chip: str, args) -> dict[str, OpCase]:
     peer = OpCase(chip, workloads.MODELS["llama-3-8b"].heads)
     if kernel != "ours":
         return {f"{chip} {kernel}": peer}
-    variant = {"page_size": args.page_size, "form": args.form, "update": args.update, "projections": args.projections}
+    variant = {"page_size": args.page_size, "form": args.form, "projections": args.projections}
     variant["num_pages"] = peer.max_num_seqs * peer.context // args.page_size
     columns = {}
-    for dtype in args.kv_dtype:
+    for dtype, update in itertools.product(args.kv_dtype, (False, True) if args.update else (False,)):
         scales = {"k_scale": 0.1, "v_scale": 0.1} if dtype == "int8" else {}
-        name = f"{chip} ours" if dtype == "bfloat16" else f"{chip} ours, {dtype}"
-        columns[name] = replace(peer, kv_dtype=dtype, options=scales, **variant)
+        name = f"{chip} ours" + f", {dtype}" * (dtype != "bfloat16") + ", update" * update
+        columns[name] = replace(peer, kv_dtype=dtype, update=update, options=scales, **variant)
     return columns
 
 

@@ -85,6 +85,29 @@ def test_the_update_equals_the_oracle_for_every_mix_of_lengths(seqs):
     check_update(padded(make_batch(seqs, form="flat")), num_queries_per_block=64, num_kv_pages_per_block=2)
 
 
+# Sequences that go on over several row blocks of 16 rows, from positions that are and are not whole tiles of 8 tokens.
+OVER_ROW_BLOCKS = {
+    "one_sequence_from_0": ((60, 60),),
+    "from_whole_tiles": ((5, 5), (50, 98), (1, 40)),
+    "from_anywhere": ((3, 11), (50, 93), (1, 40), (35, 39), (1, 1), (21, 150)),
+}
+UPDATE_OPTIONS = {
+    "causal": {},
+    "not_causal": {"causal": False},
+    "window_1": {"sliding_window": 1},
+    "window_20": {"sliding_window": 20},
+    "window_not_causal": {"sliding_window": 9, "causal": False},
+}
+
+
+@pytest.mark.parametrize("options", UPDATE_OPTIONS.values(), ids=UPDATE_OPTIONS)
+@pytest.mark.parametrize("num_pages_per_block", [1, 3])
+def test_row_blocks_see_the_new_tokens_of_other_row_blocks(options, num_pages_per_block):
+    options = options | {"num_queries_per_block": 16, "num_kv_pages_per_block": num_pages_per_block}
+    for seqs in OVER_ROW_BLOCKS.values():
+        check_update(padded(make_batch(seqs, form="flat")), **options)
+
+
 def test_a_mix_of_lengths_compiles_once():
     options = (("num_queries_per_block", 64),)
     for seqs in BATCHES.values():
@@ -214,7 +237,7 @@ def items(config, first_row, end_row, kv_len):
     for row_block in range(first_row // config.block_rows, -(-end_row // config.block_rows)):
         tile = schedule.make_tile(config, row_block, first_row, end_row, kv_len)
         for block in range(int(tile.first_block), int(tile.end_block)):
-            item = schedule.make_item(config, row_block, tile, block)
+            item = schedule.make_item(config, row_block, 0, tile, block)
             yield row_block, int(item.first_key), int(item.num_units) * config.unit_tokens
 
 

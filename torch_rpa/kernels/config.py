@@ -47,7 +47,7 @@ _SPAN_KEYS = 512
 _SET_LANES = 2048
 _NUM_SLOTS = 8
 _GROUP_ITEMS = 4
-_WRITE_SLOTS = 64
+_ROW_BATCHES = 4
 # Of VMEM for what is declared; the rest is the compiler's own, for values that do not fit into registers.
 _VMEM_SHARE = 0.75
 
@@ -65,7 +65,7 @@ class KernelConfig:
 
     Attributes:
         block_rows, block_pages, num_slots, group_items, step_rows: see the figure.
-        write_slots: tiles of new tokens on their way to the pages.
+        row_batches: how many decode groups' new tokens may be on their way to the pages, a power of two.
         kv_dtype, q_dtype: names of dtypes.
         heads_form: whether a token's heads are rows of their own in a page, as in the heads form, and not lanes of one.
         with_lse, with_sinks, with_update: whether lse is written, sinks are read, new tokens are written to the pages.
@@ -92,7 +92,7 @@ class KernelConfig:
     block_pages: int
     num_slots: int
     group_items: int
-    write_slots: int
+    row_batches: int
     step_rows: int
 
     @property
@@ -235,19 +235,33 @@ class KernelConfig:
         return *[self.rows_shape] * 2, *[self.statistics_shape] * 2, decode_q, *decode_state
 
     @property
+    def writes_first(self) -> bool:
+        """Whether all new tokens are written before any row attends: rows see those of later row blocks."""
+        return self.with_update and not self.options.causal
+
+    @property
+    def puts_tokens(self) -> bool:
+        """Whether the new tokens of a key block are put into it, and written, when a row block attends to it."""
+        return self.with_update and not self.writes_first
+
+    @property
     def write_tokens(self) -> int:
         """Tokens that a write to the pages moves: one tile of rows."""
         return 8 if jnp.dtype(self.kv_dtype).itemsize > 1 else self.unit_tokens
 
     @property
     def new_rows_shape(self) -> tuple[int, ...]:
-        """float32 scratch for k, or v, of a row block, with room for a tile that begins before it or ends after it."""
+        """float32 scratch for k, or v, of a row block, with room for a unit that begins before it or ends after it."""
         heads, parts, _, lanes = self.rows_shape
-        return heads, parts, self.block_rows + 2 * self.write_tokens, lanes
+        return heads, parts, self.block_rows + 2 * self.unit_tokens, lanes
 
     @property
-    def write_buffer_shape(self) -> tuple[int, ...]:
-        return self.write_slots, self.write_tokens * self.token_rows, self.pages_shape[2]
+    def row_buffer_shape(self) -> tuple[int, ...]:
+        return self.row_batches, self.group_items, self.write_tokens * self.token_rows, self.pages_shape[2]
+
+    @property
+    def token_rows_shape(self) -> tuple[int, ...]:
+        return self.unit_rows, self.pages_shape[2]
 
     @property
     def kv_buffer_shape(self) -> tuple[int, ...]:
@@ -267,8 +281,8 @@ class KernelConfig:
         if self.with_update:
             staged += 4 * _padded_bytes((self.block_rows, self.num_kv_heads * self.head_dim), self.q_dtype)
             scratch += 2 * _padded_bytes(self.new_rows_shape, "float32")
-            scratch += _padded_bytes(self.write_buffer_shape, self.kv_dtype)
-            scratch += _padded_bytes(self.write_buffer_shape[1:], "float32") * self.heads_form
+            scratch += _padded_bytes(self.row_buffer_shape, self.kv_dtype)
+            scratch += _padded_bytes(self.token_rows_shape, "float32") * self.heads_form
         return staged + scratch + _padded_bytes(self.kv_buffer_shape, self.kv_dtype)
 
     @property
@@ -334,7 +348,7 @@ def make_config(
         block_pages=block_pages,
         num_slots=_NUM_SLOTS,
         group_items=_GROUP_ITEMS,
-        write_slots=_WRITE_SLOTS,
+        row_batches=_ROW_BATCHES,
         step_rows=min(_STEP_ROWS, -(-num_tokens * group // 8) * 8),
     )
     return _fit(config)
@@ -343,7 +357,7 @@ def make_config(
 def _fit(config: KernelConfig) -> KernelConfig:
     """The configuration with its blocks halved, those first that cost least, until it fits into VMEM."""
     shares = {
-        "write_slots": 16, "step_rows": 128, "block_rows": 64, "num_slots": 6, "block_pages": 1, "group_items": 2
+        "row_batches": 2, "step_rows": 128, "block_rows": 64, "num_slots": 6, "block_pages": 1, "group_items": 2
     }  # fmt: skip
     given = {"block_rows": config.options.num_queries_per_block, "block_pages": config.options.num_kv_pages_per_block}
     while config.vmem_bytes > config.vmem_limit_bytes * _VMEM_SHARE:

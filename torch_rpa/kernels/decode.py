@@ -27,7 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from torch_rpa import mask
-from torch_rpa.kernels import softmax, worklist
+from torch_rpa.kernels import softmax, worklist, write
 from torch_rpa.kernels.config import KernelConfig, fill_lanes
 from torch_rpa.kernels.load import load_kv
 from torch_rpa.kernels.refs import Refs
@@ -54,6 +54,8 @@ def attend_group(config: KernelConfig, refs: Refs, fetch, row_block, slot):
     for place, member in enumerate(members):
         fetch.wait(member.slot, jnp.where(member.is_item, member.item.num_units, 0))
         _put_q(config, refs, place, jnp.where(member.is_item, member.item.row, 0))
+    if config.puts_tokens:
+        write.put_rows(config, refs, members)
     all_inside, all_short = _kinds(config, members)
     pl.when(all_inside)(lambda: _attend_members(config, refs, members, config.block_pages, is_edge=False))
     pl.when(~all_inside & ~all_short)(lambda: _attend_members(config, refs, members, config.block_pages, is_edge=True))

@@ -1,4 +1,4 @@
-"""Pages from HBM to VMEM: start and wait as a pair, for one slot of a ring of buffers.
+"""Pages from HBM to VMEM and back: start and wait as a pair, for one slot of a ring of buffers.
 
 Whole pages are fetched, but of a page that a sequence fills in part only the ``unit_tokens`` that hold its tokens: DMAs
 move whole tiles of rows, and 32 rows are a whole tile of every dtype.
@@ -66,15 +66,8 @@ class PageFetch(NamedTuple):
         return self._rows(page, slot, place, pl.ds(0, self.config.pages_shape[1]))
 
     def _rows(self, page, slot, place, rows):
-        source, target = self.kv_pages_hbm.at[page, rows], self._in_slot(slot, place, rows)
+        source, target = self.kv_pages_hbm.at[page, rows], in_slot(self.config, self.kv_buffer, slot, place, rows)
         return pltpu.make_async_copy(source, target, self.sems.at[slot])
-
-    def _in_slot(self, slot, place, rows):
-        """Rows of the page at a place of a slot."""
-        if not self.config.heads_form:
-            return self.kv_buffer.at[slot, place, rows]
-        page_rows = self.config.pages_shape[1]
-        return self.kv_buffer.at[slot, pl.ds(pl.multiple_of(place * page_rows + rows.start, rows.size), rows.size)]
 
     def _units(self, slot, units):
         pages = units // self.config.units_per_page
@@ -84,6 +77,60 @@ class PageFetch(NamedTuple):
         else:
             some = self.kv_buffer.at[slot, pl.ds(0, pages)] if pages else self.kv_buffer.at[slot, 0, rows]
         return pltpu.make_async_copy(some, some, self.sems.at[slot])
+
+
+def rows_of(config: KernelConfig, token, count, multiple):
+    """The rows of ``count`` tokens of a page from ``token`` on, a multiple of ``multiple``."""
+    return pl.ds(pl.multiple_of(token * config.token_rows, multiple * config.token_rows), count * config.token_rows)
+
+
+def in_slot(config: KernelConfig, kv_buffer, slot, place, rows):
+    """Rows of the page at a place of a slot."""
+    if not config.heads_form:
+        return kv_buffer.at[slot, place, rows]
+    page_rows = config.pages_shape[1]
+    return kv_buffer.at[slot, pl.ds(pl.multiple_of(place * page_rows + rows.start, rows.size), rows.size)]
+
+
+class SlotWrites(NamedTuple):
+    """Writes tiles of ``write_tokens`` tokens from slots back to their pages, and waits for all of them at once.
+
+    Attributes:
+        kv_pages_hbm, kv_buffer: as in ``PageFetch``.
+        sem: one DMA semaphore.
+        count: SMEM int32 [1], tiles on their way.
+    """
+
+    config: KernelConfig
+    kv_pages_hbm: Any
+    kv_buffer: Any
+    sem: Any
+    count: Any
+
+    def start(self, slot, place, page, token, count):
+        """Begin to write ``count`` tiles of one unit, of page ``place`` of the slot from ``token`` on, to ``page``."""
+        config, size, done = self.config, self.config.unit_tokens // self.config.write_tokens, 0
+        while size:
+            rows = rows_of(config, token + done * config.write_tokens, size * config.write_tokens, config.write_tokens)
+            source, target = in_slot(config, self.kv_buffer, slot, place, rows), self.kv_pages_hbm.at[page, rows]
+            pl.when(count & size != 0)(pltpu.make_async_copy(source, target, self.sem).start)
+            done += count & size
+            size //= 2
+        self.count[0] = self.count[0] + count
+
+    def wait(self):
+        """Wait until all of it is in the pages."""
+        size, count = self.config.unit_tokens // self.config.write_tokens, self.count[0]
+        lax.fori_loop(0, schedule.whole_blocks(count, size), lambda *_: self._tiles(size).wait(), None)
+        while size := size // 2:
+            pl.when(count & size != 0)(self._tiles(size).wait)
+        self.count[0] = 0
+
+    def _tiles(self, count):
+        """A wait counts bytes: any rows will do."""
+        rows = pl.ds(0, count * self.config.write_tokens * self.config.token_rows)
+        some = in_slot(self.config, self.kv_buffer, 0, 0, rows)
+        return pltpu.make_async_copy(some, some, self.sem)
 
 
 def _for_each(first, end, unroll, do):

@@ -4,10 +4,9 @@ Every row attends over the pages of its own sequence. Decode rows and prefill ti
 schedule follows in the kernel from kv_lens, cu_q_lens and num_seqs. The figure in ``config.py`` has the names. Timeline
 of one row block:
 
-    [W] the update op: write the new tokens of the next row block to their pages (``write.py``)
-    [A] regroup q's rows by KV head (``rows.py``)
+    [A] regroup q's rows by KV head (``rows.py``), and those of k and v for the update op
     while the next item of the list belongs to the row block (``worklist.py``)
-        [B] wait for its pages (``dma.py``)
+        [B] wait for its pages (``dma.py``); the update op puts new tokens there and writes them back (``write.py``)
         [C] online softmax: decode rows by groups of items (``decode.py``), a prefill tile head by head (``prefill.py``)
         [D] fetch into the slots that became free, of whatever tile, sequence and row block comes next
     [E] divide by the sums, put the rows back on [tokens, heads * head_dim], zeros in padding rows (``rows.py``)
@@ -74,29 +73,27 @@ def _call(q, k, v, kv_pages, metadata, sinks, options, with_lse, interpret, chip
 
 
 def _pallas_call(config: KernelConfig, interpret):
-    # New tokens are written one row block ahead of the row block that is computed: what is fetched ahead is there.
-    ahead, last = int(config.with_update), config.num_row_blocks - 1
-    pages = pl.BlockSpec(memory_space=pl.ANY)
+    pages, first = pl.BlockSpec(memory_space=pl.ANY), _first_step(config)
 
     def rows_spec(heads, lanes, index):
         return pl.BlockSpec((config.block_rows, heads * lanes), index)
 
     def computed(i, *_):
-        return jnp.maximum(i - ahead, 0), 0
+        return jnp.maximum(i - first, 0), 0
 
     def written(i, *_):
-        return jnp.minimum(i, last), 0
+        return jnp.minimum(i, config.num_row_blocks - 1), 0
 
     q_spec = rows_spec(config.num_q_heads, config.head_dim, computed)
     new_spec = rows_spec(config.num_kv_heads, config.head_dim, written)
-    num_scalars = 4 + config.with_sinks
+    num_scalars, update = 4 + config.with_sinks, int(config.with_update)
     return pl.pallas_call(
         lambda *refs: _kernel(config, _name_refs(config, refs)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=num_scalars,
-            grid=(config.num_row_blocks + ahead,),
-            in_specs=[q_spec, *[new_spec] * (2 * ahead), pages],
-            out_specs=[*[pages] * ahead, q_spec, *[rows_spec(config.num_q_heads, 1, computed)] * config.with_lse],
+            grid=(config.num_row_blocks + first,),
+            in_specs=[q_spec, *[new_spec] * (2 * update), pages],
+            out_specs=[*[pages] * update, q_spec, *[rows_spec(config.num_q_heads, 1, computed)] * config.with_lse],
             scratch_shapes=_scratch_shapes(config),
         ),
         out_shape=_out_shapes(config),
@@ -124,10 +121,12 @@ def _scratch_shapes(config: KernelConfig):
     new_rows = [pltpu.VMEM(config.new_rows_shape, jnp.float32)] * 2
     update = [
         *new_rows,
-        pltpu.VMEM(config.write_buffer_shape, config.kv_dtype),
-        *[pltpu.VMEM(config.write_buffer_shape[1:], jnp.float32)] * config.heads_form,
-        pltpu.SemaphoreType.DMA((2,)),
-        pltpu.SMEM(((config.block_rows + 1) * len(write.Unit._fields),), jnp.int32),
+        *[pltpu.VMEM(config.token_rows_shape, jnp.float32)] * config.heads_form,
+        pltpu.SemaphoreType.DMA,
+        pltpu.SMEM((1,), jnp.int32),
+        pltpu.VMEM(config.row_buffer_shape, config.kv_dtype),
+        pltpu.SemaphoreType.DMA((config.row_batches,)),
+        pltpu.SMEM((config.row_batches,), jnp.int32),
     ]
     return [
         *[pltpu.VMEM(shape, jnp.float32) for shape in config.float32_scratch],
@@ -143,49 +142,56 @@ def _name_refs(config: KernelConfig, refs) -> Refs:
     """The refs of a call by name; None for those of a part that is left out."""
     left_out = set() if config.with_sinks else {"sinks"}
     left_out |= set() if config.with_lse else {"lse"}
-    update = {"k", "v", "kv_pages_in", "k_rows", "v_rows", "write_buffer", "token_rows", "write_sems", "units"}
+    update = {"k", "v", "kv_pages_in", "k_rows", "v_rows", "token_rows", "tile_write_sem", "tile_writes"}
+    update |= {"row_buffer", "row_write_sems", "row_writes"}
     left_out |= set() if config.with_update else update
     left_out |= set() if config.heads_form else {"token_rows"}
     refs = iter(refs)
     return Refs(**{name: None if name in left_out else next(refs) for name in Refs._fields})
 
 
+def _first_step(config: KernelConfig):
+    """The grid step that computes the first row block."""
+    return config.num_row_blocks if config.writes_first else 0
+
+
 def _kernel(config: KernelConfig, refs: Refs):
-    """One row block, and the new tokens of the next one."""
-    step = pl.program_id(0)
+    """One row block."""
+    step, first = pl.program_id(0), _first_step(config)
     fetch = PageFetch(config, refs.page_indices, refs.kv_pages_hbm, refs.kv_buffer, refs.kv_sems)
 
     @pl.when(step == 0)
     def _():
         decode.clear_batch(refs)
-        worklist.start_batch(config, refs)
+        worklist.start_batch(config, refs, only_new=config.writes_first)
 
-    if not config.with_update:
-        _attend_block(config, refs, fetch, step, config.num_row_blocks)
-        return
-    pl.when(step < config.num_row_blocks)(lambda: write.write_block(config, refs, step))  # [W]
-    pl.when(step > 0)(lambda: _attend_block(config, refs, fetch, step - 1, step))
-    pl.when(step == 0)(lambda: worklist.fetch_next(config, refs, fetch, step))
+    if config.writes_first:
+        pl.when(step < first)(lambda: write.write_block(config, refs, fetch, step))
+
+        @pl.when(step == first)
+        def _():
+            worklist.start_batch(config, refs)
+
+    pl.when(step >= first)(lambda: _attend_block(config, refs, fetch, step - first))
+    if config.with_update:
+        pl.when(step == first + config.num_row_blocks - 1)(lambda: write.wait_for_rows(config, refs))
 
 
-def _attend_block(config: KernelConfig, refs: Refs, fetch: PageFetch, row_block, last_row_block):
-    """One row block; items of row blocks up to ``last_row_block`` may be fetched."""
-    worklist.fetch_next(config, refs, fetch, last_row_block)
+def _attend_block(config: KernelConfig, refs: Refs, fetch, row_block):
+    worklist.fetch_next(config, refs, fetch)
     rows.regroup_q(config, refs, row_block)  # [A]
+    if config.puts_tokens:
+        write.regroup_new(config, refs, row_block)
 
-    def attend_items(work):
-        slot, _ = work
+    def attend(slot):
         item = worklist.item_at(refs, slot)
         count = lax.cond(
             item.is_decode,
             lambda: decode.attend_group(config, refs, fetch, row_block, slot),  # [B] [C]
             lambda: prefill.attend_item(config, refs, fetch, item, slot),  # [B] [C]
         )
-        worklist.fetch_next(config, refs, fetch, last_row_block, freed=count)  # [D]
-        slot = worklist.slot_after(config, slot, count)
-        return slot, worklist.is_in(refs, slot, row_block)
+        worklist.fetch_next(config, refs, fetch, freed=count)  # [D]
+        return count
 
-    slot = refs.cursor[worklist.WORK_SLOT]
-    slot, _ = lax.while_loop(lambda work: work[1], attend_items, (slot, worklist.is_in(refs, slot, row_block)))
-    refs.cursor[worklist.WORK_SLOT] = slot
+    worklist.for_each_item(config, refs, row_block, attend)
     rows.write_rows(config, refs, row_block)  # [E]

@@ -7,7 +7,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from torch_rpa import mask
-from torch_rpa.kernels import schedule, softmax, worklist
+from torch_rpa.kernels import schedule, softmax, worklist, write
 from torch_rpa.kernels.config import KernelConfig, fill_lanes
 from torch_rpa.kernels.load import load_kv
 from torch_rpa.kernels.refs import Refs
@@ -44,26 +44,39 @@ def attend_item(config: KernelConfig, refs: Refs, fetch, item: Item, slot):
     pl.when(item.is_first)(lambda: _clear_tile(config, refs, item))
     span, count = _take_span(config, refs, fetch, item, slot)
     num_sets = config.num_kv_heads // config.prefill_heads
+
+    def attend_set(i, _):
+        _attend_set(config, refs, item, span, i)
+        if config.puts_tokens:  # written by now
+            pl.when(i == 0)(lambda: write.finish_tile(config, refs, fetch, item, span.end == item.end))
+
     if num_sets == 1:
-        _attend_set(config, refs, item, span, 0)
+        attend_set(0, None)
     else:
-        lax.fori_loop(0, num_sets, lambda i, _: _attend_set(config, refs, item, span, i), None)
+        lax.fori_loop(0, num_sets, attend_set, None)
     return count
 
 
 def _take_span(config: KernelConfig, refs: Refs, fetch, item: Item, slot):
     """Wait for the item and those of the same tile that follow it; the span, and how many items are in it."""
-    fetch.wait(slot, item.num_units)
+    _receive(config, refs, fetch, item, slot, True)
     slots, count, is_open, own_slot = [slot], jnp.int32(1), ~item.is_last, slot
     for _ in range(config.span_blocks - 1):
         slot = worklist.slot_after(config, slot)
-        fetch.wait(slot, jnp.where(is_open, worklist.item_at(refs, slot).num_units, 0))
+        _receive(config, refs, fetch, worklist.item_at(refs, slot), slot, is_open)
         count += is_open.astype(jnp.int32)
         own_slot = jnp.where(is_open, slot, own_slot)  # a slot further on may be on its way
         is_open &= ~worklist.item_at(refs, slot).is_last
         slots.append(own_slot)
     end = jnp.minimum(item.end, item.first_key + count * config.block_keys)
     return Span(slots, item.first_key, item.start, end), count
+
+
+def _receive(config: KernelConfig, refs: Refs, fetch, item: Item, slot, is_item):
+    """Wait for the pages of an item, if there is one in the slot, and put the update's new tokens into it."""
+    fetch.wait(slot, jnp.where(is_item, item.num_units, 0))
+    if config.puts_tokens:
+        pl.when(is_item)(lambda: write.put_tile(config, refs, item, slot))
 
 
 def _clear_tile(config: KernelConfig, refs: Refs, item: Item):

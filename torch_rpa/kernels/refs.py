@@ -33,9 +33,11 @@ class Refs(NamedTuple):
     kv_sems: Any  # DMA semaphores [num_slots]
     k_rows: Any  # VMEM float32 [num_kv_heads, lane_parts, rows, head_dim / lane_parts], or None
     v_rows: Any  # VMEM, as k_rows
-    write_buffer: Any  # VMEM [write_slots, write_tokens * token_rows, kv_width / token_rows], or None
-    token_rows: Any  # VMEM float32 [write_tokens * token_rows, head_dim]: new tokens in heads form, or None
-    write_sems: Any  # DMA semaphores [2]: of reads, of writes; or None
-    units: Any  # SMEM int32 [block_rows * len(Unit)]: what to write of a row block, or None
+    token_rows: Any  # VMEM float32 [unit_tokens * token_rows, head_dim]: new tokens in heads form, or None
+    tile_write_sem: Any  # DMA semaphore of writes from kv_buffer, or None
+    tile_writes: Any  # SMEM int32 [1]: tiles of tokens on their way from kv_buffer, or None
+    row_buffer: Any  # VMEM [row_batches, group_items, write_tokens * token_rows, kv_width / token_rows], or None
+    row_write_sems: Any  # DMA semaphores [row_batches] of writes from row_buffer, or None
+    row_writes: Any  # SMEM int32 [row_batches]: tiles on their way from row_buffer, or None
     cursor: Any  # SMEM int32: where the batch stands (``worklist.py``), kept from one row block to the next
     items: Any  # SMEM int32 [num_slots * len(Item)]: what is in each slot

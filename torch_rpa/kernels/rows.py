@@ -24,12 +24,12 @@ def regroup_q(config: KernelConfig, refs: Refs, row_block):
             q = refs.q[rows, lane : lane + lanes].astype(jnp.float32)
             refs.q_rows.at[head // config.group, part][matrix_rows, :] = fill_lanes(q)
 
-    lax.fori_loop(0, schedule.blocks_of(_end_row(config, refs, row_block), COPY_ROWS), regroup, None)
+    lax.fori_loop(0, schedule.blocks_of(count_rows(config, refs, row_block), COPY_ROWS), regroup, None)
 
 
 def write_rows(config: KernelConfig, refs: Refs, row_block):
     """out (and lse) of the row block: every row divided by its sum, zeros where no sequence has a row."""
-    end_row = _end_row(config, refs, row_block)
+    end_row = count_rows(config, refs, row_block)
     head_lanes = lax.broadcasted_iota(jnp.int32, (COPY_ROWS, config.num_q_heads), 1)
 
     def write(i, _):
@@ -58,7 +58,7 @@ def write_rows(config: KernelConfig, refs: Refs, row_block):
     lax.fori_loop(first_padding, config.block_rows // COPY_ROWS, write_padding, None)
 
 
-def _end_row(config: KernelConfig, refs: Refs, row_block):
+def count_rows(config: KernelConfig, refs: Refs, row_block):
     """How many rows of the row block belong to a sequence: the first ones."""
     end_row = jnp.clip(refs.cu_q_lens[active_seqs(config, refs)], 0, config.num_tokens)
     return jnp.clip(end_row - row_block * config.block_rows, 0, config.block_rows)

@@ -43,14 +43,18 @@ class Tile(NamedTuple):
     past_block: bool
 
 
-def make_tile(config: KernelConfig, row_block, first_row, end_row, kv_len) -> Tile:
-    """The tile of ``row_block`` and the sequence with rows first_row .. end_row - 1 and ``kv_len`` keys."""
+def make_tile(config: KernelConfig, row_block, first_row, end_row, kv_len, only_new=False) -> Tile:
+    """The tile of ``row_block`` and the sequence with rows first_row .. end_row - 1 and ``kv_len`` keys.
+
+    With ``only_new``, the keys that it needs are those of its own rows.
+    """
     block_start = row_block * config.block_rows
     block_end = block_start + config.block_rows
     tile_start, tile_end = jnp.maximum(first_row, block_start), jnp.minimum(end_row, block_end)
     first_p = kv_len - (end_row - tile_start)
     last_p = first_p + tile_end - tile_start - 1
     start, end = mask.key_range(first_p, last_p, kv_len, **config.options.mask)
+    start, end = jnp.where(only_new, first_p, start), jnp.where(only_new, last_p + 1, end)
     start, end = jnp.maximum(start, 0), jnp.clip(end, 0, kv_len)
     first_block = whole_blocks(start, config.block_keys)
     end_block = jnp.maximum(blocks_of(end, config.block_keys), first_block + 1)
@@ -72,6 +76,7 @@ class Item(NamedTuple):
 
     Attributes:
         row_block: the tile's; the number of row blocks for an item past the end of the list.
+        seq: the tile's sequence.
         row, num_rows, first_p, is_decode, start, end: the tile's.
         is_first, is_last: whether the block is the tile's first, its last.
         first_key: position of the block's first key.
@@ -79,6 +84,7 @@ class Item(NamedTuple):
     """
 
     row_block: int
+    seq: int
     row: int
     num_rows: int
     first_p: int
@@ -91,11 +97,12 @@ class Item(NamedTuple):
     num_units: int
 
 
-def make_item(config: KernelConfig, row_block, tile: Tile, block) -> Item:
-    """The item of key block ``block`` of a tile."""
+def make_item(config: KernelConfig, row_block, seq, tile: Tile, block) -> Item:
+    """The item of key block ``block`` of a tile of sequence ``seq``."""
     pages = needed_pages(config, tile, block)
     return Item(
         row_block=row_block,
+        seq=seq,
         row=tile.row,
         num_rows=tile.num_rows,
         first_p=tile.first_p,

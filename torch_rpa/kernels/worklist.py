@@ -13,43 +13,61 @@ from torch_rpa.kernels.config import KernelConfig
 from torch_rpa.kernels.refs import Refs
 from torch_rpa.kernels.schedule import Item
 
-# Places in the cursor: what to fetch next and where to, how many slots are free, the slot of the item to compute next,
-# and the tile whose new tokens are to be written next.
-_SEQ, _ROW_BLOCK, _BLOCK, _FETCH_SLOT, _FREE_SLOTS, WORK_SLOT, WRITE_SEQ, WRITE_ROW_BLOCK = range(8)
-CURSOR_SIZE = 8
+# Places in the cursor: what to fetch next, the first sequence that must not be fetched, where to fetch to, how many
+# slots are free, the slot of the item to compute next; for the update, whether items are key blocks with new tokens
+# only, and where the next new tokens of decode rows go.
+_SEQ, _ROW_BLOCK, _BLOCK, _END_SEQ, _FETCH_SLOT, _FREE_SLOTS, _WORK_SLOT, _ONLY_NEW, ROW_BATCH = range(9)
+CURSOR_SIZE = 9
 
 
-def start_batch(config: KernelConfig, refs: Refs):
-    """Begin with the first tile, and all slots free."""
-    for place in (_BLOCK, _FETCH_SLOT, WORK_SLOT):
+def start_batch(config: KernelConfig, refs: Refs, only_new=False):
+    """Begin with the first tile, and all slots free; with ``only_new``, items are those key blocks with new tokens."""
+    for place in range(CURSOR_SIZE):
         refs.cursor[place] = 0
-    refs.cursor[_FREE_SLOTS] = config.num_slots
+    refs.cursor[_FREE_SLOTS], refs.cursor[_ONLY_NEW] = config.num_slots, int(only_new)
+    go_on(config, refs)
 
-    def clear(i, _):
+    for i in range(config.num_slots * len(Item._fields)):
         refs.items[i] = config.num_row_blocks  # no item of any row block
-
-    lax.fori_loop(0, config.num_slots * len(Item._fields), clear, None)
+    if config.with_update:
+        refs.tile_writes[0] = 0
+        for batch in range(config.row_batches):
+            refs.row_writes[batch] = 0
     seq, row_block = _first_tile_from(config, refs, jnp.int32(0), jnp.int32(0))
     refs.cursor[_SEQ], refs.cursor[_ROW_BLOCK] = seq, row_block
-    refs.cursor[WRITE_SEQ], refs.cursor[WRITE_ROW_BLOCK] = seq, row_block
 
 
-def fetch_next(config: KernelConfig, refs: Refs, fetch, last_row_block, freed=0):
-    """Fetch into the free slots, and into ``freed`` ones more, items of row blocks up to ``last_row_block``."""
+def fetch_next(config: KernelConfig, refs: Refs, fetch, freed=0):
+    """Fetch the next items into the free slots, and into ``freed`` ones more."""
     free = refs.cursor[_FREE_SLOTS] + freed
     refs.cursor[_FREE_SLOTS] = free
-    lax.fori_loop(0, free, lambda _, __: _fetch_one(config, refs, fetch, last_row_block), None)
+    lax.fori_loop(0, free, lambda _, __: _fetch_one(config, refs, fetch), None)
+
+
+def for_each_item(config: KernelConfig, refs: Refs, row_block, work):
+    """``work(slot)`` for the items of a row block in their order; it returns how many it took, from that slot on."""
+
+    def is_here(slot):
+        return refs.items[slot * len(Item._fields)] == row_block
+
+    def work_on(carry):
+        slot, _ = carry
+        slot = slot_after(config, slot, work(slot))
+        return slot, is_here(slot)
+
+    slot = refs.cursor[_WORK_SLOT]
+    refs.cursor[_WORK_SLOT], _ = lax.while_loop(lambda carry: carry[1], work_on, (slot, is_here(slot)))
+
+
+def go_on(config: KernelConfig, refs: Refs):
+    """Any sequence may be fetched: what was fetched so far has its new tokens in the pages."""
+    refs.cursor[_END_SEQ] = active_seqs(config, refs)
 
 
 def item_at(refs: Refs, slot) -> Item:
     """What is in a slot."""
     item = Item(*(refs.items[slot * len(Item._fields) + i] for i in range(len(Item._fields))))
     return item._replace(**{name: getattr(item, name) == 1 for name in ("is_decode", "is_first", "is_last")})
-
-
-def is_in(refs: Refs, slot, row_block):
-    """Whether the item in a slot belongs to this row block."""
-    return refs.items[slot * len(Item._fields)] == row_block
 
 
 def slot_after(config: KernelConfig, slot, count=1):
@@ -61,17 +79,17 @@ def active_seqs(config: KernelConfig, refs: Refs):
     return jnp.clip(refs.num_seqs[0], 0, config.max_num_seqs)
 
 
-def _fetch_one(config: KernelConfig, refs: Refs, fetch, last_row_block):
+def _fetch_one(config: KernelConfig, refs: Refs, fetch):
     cursor = refs.cursor
     seq, row_block, slot = cursor[_SEQ], cursor[_ROW_BLOCK], cursor[_FETCH_SLOT]
-    may_fetch = (seq < active_seqs(config, refs)) & (row_block <= last_row_block)
+    may_fetch = seq < cursor[_END_SEQ]
 
     @pl.when(may_fetch)
     def _():
-        tile = tile_of(config, refs, seq, row_block)
+        tile = _tile_of(config, refs, seq, row_block)
         block = jnp.maximum(cursor[_BLOCK], tile.first_block)
         fetch.start(slot, seq, block, schedule.needed_pages(config, tile, block))
-        item = schedule.make_item(config, row_block, tile, block)
+        item = schedule.make_item(config, row_block, seq, tile, block)
         for i, value in enumerate(item):
             refs.items[slot * len(item) + i] = jnp.asarray(value, jnp.int32)
         cursor[_FETCH_SLOT] = slot_after(config, slot)
@@ -80,19 +98,23 @@ def _fetch_one(config: KernelConfig, refs: Refs, fetch, last_row_block):
 
         @pl.when(item.is_last)
         def _():
-            cursor[_SEQ], cursor[_ROW_BLOCK] = next_tile(config, refs, seq, row_block, tile)
+            cursor[_SEQ], cursor[_ROW_BLOCK] = _next_tile(config, refs, seq, row_block, tile)
+            if config.with_update:  # the sequence's next tile needs what this one writes
+                writes = tile.past_block & (cursor[_ONLY_NEW] == 1 if config.writes_first else True)
+                cursor[_END_SEQ] = jnp.where(writes, 0, cursor[_END_SEQ])
 
     @pl.when(~may_fetch)
     def _():
         refs.items[slot * len(Item._fields)] = config.num_row_blocks  # whoever computes must not go on here
 
 
-def tile_of(config: KernelConfig, refs: Refs, seq, row_block) -> schedule.Tile:
+def _tile_of(config: KernelConfig, refs: Refs, seq, row_block) -> schedule.Tile:
     kv_len = jnp.clip(refs.kv_lens[seq], 0, config.pages_per_seq * config.page_size)
-    return schedule.make_tile(config, row_block, *_rows_of(config, refs, seq), kv_len)
+    only_new = {"only_new": refs.cursor[_ONLY_NEW] == 1} if config.writes_first else {}
+    return schedule.make_tile(config, row_block, *_rows_of(config, refs, seq), kv_len, **only_new)
 
 
-def next_tile(config: KernelConfig, refs: Refs, seq, row_block, tile):
+def _next_tile(config: KernelConfig, refs: Refs, seq, row_block, tile):
     """Sequence and row block of the tile after this one: the sequence's next rows, or the next sequence's first."""
     next_seq, its_row_block = _first_tile_from(config, refs, seq + 1, row_block)
     return jnp.where(tile.past_block, seq, next_seq), jnp.where(tile.past_block, row_block + 1, its_row_block)

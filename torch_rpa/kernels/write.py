@@ -1,18 +1,19 @@
-"""This step's k and v to their places in the pages, in place, a row block at a time.
+"""This step's k and v to their places in the pages, in place, out of the key blocks that attention fetches anyway.
 
-The rows of a sequence go to consecutive positions, which fall into tiles of ``write_tokens`` slots, the least that a
-DMA moves (a *unit*). What a unit does not replace is read first, merged, and written back:
+A key block that has come gets the new tokens of its tile in VMEM, and goes back to HBM where it got some, while the
+tile attends: nothing is read for the write, and nothing is waited for before the fetch. What moves are whole tiles of
+``write_tokens`` slots, the least that a DMA moves:
 
-    rows of k   | . r1 r2 r3 r4 r5 |            positions 6 .. 10 of their sequence, tiles of 4 slots
+    rows of k, v    | . r1 r2 r3 r4 r5 |            positions 6 .. 10 of their sequence, tiles of 4 slots
 
-    page slots    [ 4  5  6  7 ] [ 8  9 10 11 ]
-    unit 0          o  o r1 r2                   lo = 2, hi = 4, first_row: the row that would stand in slot 4
-    unit 1                         r3 r4 r5  o   lo = 0, hi = 3
+    key block         [ 0  1  2  3 ] [ 4  5 r1 r2 ] [r3 r4 r5  ~ ] [ ~  ~  ~  ~ ]
+                                     |<------ written back ----->|
 
-The units of a row block are listed first, so that their reads, and then their writes, are all on their way together.
+The tokens of a prefill tile are written from the slot itself, which is filled again when they are there. The
+one tile of a decode row is written from a copy: its slot is wanted at once. A later tile of the same sequence fetches
+the tokens of the earlier ones when they are there (``worklist.py``). Where rows see tokens of later row blocks (not
+causal), all tokens are written in a pass of its own over the batch, before any row attends.
 """
-
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -20,135 +21,170 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from torch_rpa.kernels import schedule, worklist
-from torch_rpa.kernels.config import COPY_ROWS, KernelConfig, fill_lanes
+from torch_rpa.kernels.config import COPY_ROWS, LANES, KernelConfig, fill_lanes
+from torch_rpa.kernels.dma import SlotWrites, in_slot, rows_of
 from torch_rpa.kernels.quantize import quantize
 from torch_rpa.kernels.refs import Refs
-
-_READS, _WRITES = 0, 1
-
-
-class Unit(NamedTuple):
-    """One tile of one page: its slots ``lo <= i < hi`` get the rows ``first_row + i`` of the row block."""
-
-    page: int
-    slot: int
-    first_row: int
-    lo: int
-    hi: int
+from torch_rpa.kernels.rows import count_rows
 
 
-def write_block(config: KernelConfig, refs: Refs, row_block):
-    """Write all new tokens of a row block, and wait until they are there."""
-    _regroup(config, refs)
-    count = _list_units(config, refs, row_block)
-    slots = config.write_buffer_shape[0]
+def write_block(config: KernelConfig, refs: Refs, fetch, row_block):
+    """The new tokens of a row block, none of whose rows attend yet."""
+    worklist.fetch_next(config, refs, fetch)
+    regroup_new(config, refs, row_block)
 
-    def write_batch(batch, _):
-        first = batch * slots
-        end = jnp.minimum(first + slots, count)
-        lax.fori_loop(first, end, lambda i, _: _read(config, refs, i, i - first), None)
-        # All reads before the first merge: they end in any order, and a wait counts bytes of whichever came.
-        lax.fori_loop(first, end, lambda i, _: _wait_read(config, refs, i, i - first), None)
-        lax.fori_loop(first, end, lambda i, _: _merge(config, refs, i, i - first), None)
-        lax.fori_loop(first, end, lambda i, _: _copy(config, refs, Unit(0, 0, 0, 0, 0), 0, _WRITES).wait(), None)
+    def write_item(slot):
+        item = worklist.item_at(refs, slot)
+        fetch.wait(slot, item.num_units)
+        put_tile(config, refs, item, slot)
+        finish_tile(config, refs, fetch, item, item.is_last)
+        worklist.fetch_next(config, refs, fetch, freed=1)
+        return 1
 
-    lax.fori_loop(0, schedule.blocks_of(count, slots), write_batch, None)
+    worklist.for_each_item(config, refs, row_block, write_item)
 
 
-def _regroup(config: KernelConfig, refs: Refs):
-    """k and v of the row block as float32 by head, so that a tile may begin at any row."""
+def regroup_new(config: KernelConfig, refs: Refs, row_block):
+    """k and v of the row block as they will be in the pages, but float32 and by head: a tile may begin at any row."""
+    heads, parts, lanes = config.num_kv_heads, config.lane_parts, config.part_lanes
 
     def regroup(i, _):
         rows = pl.ds(pl.multiple_of(i * COPY_ROWS, COPY_ROWS), COPY_ROWS)
-        to_rows = pl.ds(pl.multiple_of(i * COPY_ROWS, COPY_ROWS) + config.write_tokens, COPY_ROWS)
-        heads, parts, lanes = config.num_kv_heads, config.lane_parts, config.part_lanes
-        for piece in range(heads * parts):
-            for source, target in ((refs.k, refs.k_rows), (refs.v, refs.v_rows)):
-                new = source[rows, piece * lanes : (piece + 1) * lanes].astype(jnp.float32)
-                target.at[piece // parts, piece % parts][to_rows, :] = fill_lanes(new)
+        to_rows = pl.ds(pl.multiple_of(i * COPY_ROWS, COPY_ROWS) + config.unit_tokens, COPY_ROWS)
+        for source, target, scale in _sources(config, refs):
+            for piece in range(heads * parts):
+                new = quantize(source[rows, piece * lanes : (piece + 1) * lanes], config.kv_dtype, scale)
+                target.at[piece // parts, piece % parts][to_rows, :] = fill_lanes(new.astype(jnp.float32))
 
-    lax.fori_loop(0, config.block_rows // COPY_ROWS, regroup, None)
-
-
-def _list_units(config: KernelConfig, refs: Refs, row_block):
-    """List what to write of the row block in SMEM; returns how many units that is."""
-    cursor, num_seqs = refs.cursor, worklist.active_seqs(config, refs)
-
-    def list_tile(carry):
-        seq, _, count = carry
-        tile = worklist.tile_of(config, refs, seq, row_block)
-        first = schedule.whole_blocks(jnp.maximum(tile.first_p, 0), config.write_tokens)
-        end = schedule.blocks_of(jnp.maximum(tile.first_p + tile.num_rows, 0), config.write_tokens)
-        count = lax.fori_loop(first, end, lambda i, count: _list_unit(config, refs, seq, tile, i, count), count)
-        return *worklist.next_tile(config, refs, seq, row_block, tile), count
-
-    def is_here(carry):
-        seq, its_row_block, _ = carry
-        return (seq < num_seqs) & (its_row_block == row_block)
-
-    carry = cursor[worklist.WRITE_SEQ], cursor[worklist.WRITE_ROW_BLOCK], jnp.int32(0)
-    cursor[worklist.WRITE_SEQ], cursor[worklist.WRITE_ROW_BLOCK], count = lax.while_loop(is_here, list_tile, carry)
-    return count
+    lax.fori_loop(0, schedule.blocks_of(count_rows(config, refs, row_block), COPY_ROWS), regroup, None)
 
 
-def _list_unit(config: KernelConfig, refs: Refs, seq, tile, i, count):
-    first_p = i * config.write_tokens
-    page = schedule.whole_blocks(first_p, config.page_size)
-    number = refs.page_indices[seq * config.pages_per_seq + jnp.minimum(page, config.pages_per_seq - 1)]
-    unit = Unit(
-        page=number,
-        slot=first_p - page * config.page_size,
-        first_row=tile.row + first_p - tile.first_p,
-        lo=jnp.clip(tile.first_p - first_p, 0, config.write_tokens),
-        hi=jnp.clip(tile.first_p + tile.num_rows - first_p, 0, config.write_tokens),
-    )
-    for field, value in enumerate(unit):
-        refs.units[count * len(unit) + field] = value
-    has_place = (number >= 0) & (number < config.num_pages) & (page < config.pages_per_seq)
-    return jnp.where(has_place, count + 1, count)
+def put_tile(config: KernelConfig, refs: Refs, item: schedule.Item, slot):
+    """The new tokens of an item's tile that fall into its key block: into the slot, and on their way to the pages."""
+    first = item.first_p - item.first_key
+    first, end = jnp.maximum(first, 0), jnp.minimum(first + item.num_rows, config.block_keys)
+    unit, tile, writes = config.unit_tokens, config.write_tokens, _tile_writes(config, refs)
+
+    def put_unit(i, _):
+        start = pl.multiple_of(i * unit, unit)
+        lo, hi = jnp.maximum(first - start, 0), jnp.minimum(end - start, unit)
+        row = item.row + item.first_key + start - item.first_p
+        new = _new_tokens(config, refs, lambda piece: piece[pl.ds(row + unit, unit), :], unit)
+        tokens = _tokens(config, refs, slot, start, unit)
+        tokens[...] = _merge(config, new, tokens[...], lo, hi)
+        page, has_page = _page_number(config, refs, item, start)
+        place = schedule.whole_blocks(start, config.page_size)
+        lo = schedule.whole_blocks(lo, tile)
+        count = jnp.where(has_page, schedule.blocks_of(hi, tile) - lo, 0)
+        writes.start(slot, place, page, start - place * config.page_size + lo * tile, count)
+
+    lax.fori_loop(schedule.whole_blocks(first, unit), schedule.blocks_of(end, unit), put_unit, None)
 
 
-def _unit(refs: Refs, i) -> Unit:
-    return Unit(*(refs.units[i * len(Unit._fields) + field] for field in range(len(Unit._fields))))
+def finish_tile(config: KernelConfig, refs: Refs, fetch, item: schedule.Item, is_last):
+    """Wait for what ``put_tile`` began; after a row block's last item, later tiles of its sequence may be fetched."""
+    pl.when(refs.tile_writes[0] > 0)(_tile_writes(config, refs).wait)
+
+    @pl.when(is_last & (item.row + item.num_rows == config.block_rows))
+    def _():
+        worklist.go_on(config, refs)
+        worklist.fetch_next(config, refs, fetch)
 
 
-def _read(config: KernelConfig, refs: Refs, i, place):
-    unit = _unit(refs, i)
-    pl.when(unit.hi - unit.lo < config.write_tokens)(lambda: _copy(config, refs, unit, place, _READS).start())
+def put_rows(config: KernelConfig, refs: Refs, members):
+    """The new tokens of the members of a decode group: the last item of a decode row holds its one."""
+    has_new = [is_item & item.is_last & (item.first_p >= 0) for is_item, _, item in members]
+    all_new, some_new = has_new[0], has_new[0]
+    for is_new in has_new[1:]:
+        all_new, some_new = all_new & is_new, some_new | is_new
+    pl.when(all_new)(lambda: _put_rows(config, refs, members))  # side by side, without a branch
+
+    @pl.when(some_new & ~all_new)
+    def _():
+        for is_new, member in zip(has_new, members, strict=True):
+            pl.when(is_new)(lambda member=member: _put_rows(config, refs, [member]))
 
 
-def _wait_read(config: KernelConfig, refs: Refs, i, place):
-    unit = _unit(refs, i)
-    pl.when(unit.hi - unit.lo < config.write_tokens)(lambda: _copy(config, refs, unit, place, _READS).wait())
+def wait_for_rows(config: KernelConfig, refs: Refs):
+    """Wait until the new tokens of all decode rows are in their pages."""
+    lax.fori_loop(0, config.row_batches, lambda batch, _: _wait_for_batch(config, refs, batch), None)
 
 
-def _merge(config: KernelConfig, refs: Refs, i, place):
-    """Put the new rows among those that stay, and write the tile back."""
-    unit = _unit(refs, i)
-    row = lax.broadcasted_iota(jnp.int32, (config.write_tokens * config.token_rows, 1), 0)
-    is_new = (row >= unit.lo * config.token_rows) & (row < unit.hi * config.token_rows)
-    new = _new_tokens(config, refs, pl.ds(unit.first_row + config.write_tokens, config.write_tokens))
-    refs.write_buffer[place] = jnp.where(is_new, new, refs.write_buffer[place])
-    _copy(config, refs, unit, place, _WRITES).start()
+def _put_rows(config: KernelConfig, refs: Refs, members):
+    """The tokens of these members, as one batch of writes."""
+    tile, batch = config.write_tokens, refs.cursor[worklist.ROW_BATCH]
+    _wait_for_batch(config, refs, batch)
+    tiles, count = [], jnp.int32(0)
+    for _, slot, item in members:
+        position = item.first_p - item.first_key
+        start = pl.multiple_of(schedule.whole_blocks(position, tile) * tile, tile)
+        row = item.row + config.unit_tokens
+        new = _new_tokens(config, refs, lambda x, row=row: jnp.broadcast_to(x[pl.ds(row, 1), :], (tile, LANES)), tile)
+        old = _tokens(config, refs, slot, start, tile)
+        tiles.append((start, _merge(config, new, old[...], position - start, position - start + 1)))
+    for place, ((_, slot, item), (start, tokens)) in enumerate(zip(members, tiles, strict=True)):
+        _tokens(config, refs, slot, start, tile)[...] = tokens
+        refs.row_buffer[batch, place] = tokens
+        page, has_page = _page_number(config, refs, item, start)
+        pl.when(has_page)(_row_copy(config, refs, batch, place, page, start & (config.page_size - 1)).start)
+        count += has_page.astype(jnp.int32)
+    refs.row_writes[batch] = count
+    refs.cursor[worklist.ROW_BATCH] = (batch + 1) & (config.row_batches - 1)
 
 
-def _new_tokens(config: KernelConfig, refs: Refs, rows):
-    """These rows of k and v as the pages hold them."""
+def _wait_for_batch(config: KernelConfig, refs: Refs, batch):
+    for i in range(config.group_items):
+        pl.when(refs.row_writes[batch] > i)(_row_copy(config, refs, batch, 0, 0, 0).wait)
+    refs.row_writes[batch] = 0
+
+
+def _tile_writes(config: KernelConfig, refs: Refs) -> SlotWrites:
+    return SlotWrites(config, refs.kv_pages_hbm, refs.kv_buffer, refs.tile_write_sem, refs.tile_writes)
+
+
+def _sources(config: KernelConfig, refs: Refs):
+    return (refs.k, refs.k_rows, config.options.k_scale), (refs.v, refs.v_rows, config.options.v_scale)
+
+
+def _new_tokens(config: KernelConfig, refs: Refs, take, count):
+    """``count`` tokens as a page holds them; ``take`` gives those of one piece of a head, [count, 128]."""
     pieces = []
     for head in range(config.num_kv_heads):
-        for source, scale in ((refs.k_rows, config.options.k_scale), (refs.v_rows, config.options.v_scale)):
-            parts = [source.at[head, part][rows, :][:, : config.part_lanes] for part in range(config.lane_parts)]
-            pieces += [quantize(x, config.kv_dtype, scale) for x in parts]
+        for rows in (refs.k_rows, refs.v_rows):
+            pieces += [take(rows.at[head, part])[:, : config.part_lanes] for part in range(config.lane_parts)]
     if not config.heads_form:
-        return jnp.concatenate(pieces, axis=1)
+        return jnp.concatenate([_narrow(x, config.kv_dtype) for x in pieces], axis=1)
     for i, piece in enumerate(pieces):  # only float32 may be stored by a stride
-        refs.token_rows[pl.ds(i, config.write_tokens, stride=config.token_rows), :] = piece.astype(jnp.float32)
-    return quantize(refs.token_rows[...], config.kv_dtype, None)
+        refs.token_rows[pl.ds(i, count, stride=config.token_rows), :] = piece
+    return _narrow(refs.token_rows[pl.ds(0, count * config.token_rows), :], config.kv_dtype)
 
 
-def _copy(config: KernelConfig, refs: Refs, unit: Unit, place, direction):
-    count = config.write_tokens * config.token_rows
-    rows = pl.ds(pl.multiple_of(unit.slot * config.token_rows, count), count)
-    there, here = refs.kv_pages_hbm.at[unit.page, rows], refs.write_buffer.at[place]
-    source, target = (there, here) if direction == _READS else (here, there)
-    return pltpu.make_async_copy(source, target, refs.write_sems.at[direction])
+def _narrow(x, dtype):
+    """float32 that are values of ``dtype`` already."""
+    return (x.astype(jnp.int32) if dtype == "int8" else x).astype(dtype)
+
+
+def _merge(config: KernelConfig, new, old, lo, hi):
+    """Of the tokens ``lo <= i < hi`` the new ones."""
+    row = lax.broadcasted_iota(jnp.int32, (new.shape[0], 1), 0)
+    return jnp.where((row >= lo * config.token_rows) & (row < hi * config.token_rows), new, old)
+
+
+def _tokens(config: KernelConfig, refs: Refs, slot, start, count):
+    """``count`` tokens of a slot from token ``start`` of its key block on, all of one page."""
+    page = schedule.whole_blocks(start, config.page_size)
+    rows = rows_of(config, start - page * config.page_size, count, count)
+    return in_slot(config, refs.kv_buffer, slot, page, rows)
+
+
+def _page_number(config: KernelConfig, refs: Refs, item: schedule.Item, start):
+    """The number of the page that holds token ``start`` of the key block, and whether there is such a page."""
+    page = schedule.whole_blocks(item.first_key + start, config.page_size)
+    number = refs.page_indices[item.seq * config.pages_per_seq + jnp.minimum(page, config.pages_per_seq - 1)]
+    return number, (number >= 0) & (number < config.num_pages) & (page < config.pages_per_seq)
+
+
+def _row_copy(config: KernelConfig, refs: Refs, batch, place, page, token):
+    rows = rows_of(config, token, config.write_tokens, config.write_tokens)
+    source, target = refs.row_buffer.at[batch, place], refs.kv_pages_hbm.at[page, rows]
+    return pltpu.make_async_copy(source, target, refs.row_write_sems.at[batch])
