@@ -41,7 +41,7 @@ _UNIT_TOKENS = 32
 _BLOCK_ROWS = 128
 _KEYS_PER_BLOCK = 256
 _STEP_ROWS = 512
-_PREFILL_HEADS = 2
+_PREFILL_HEADS = 4
 _SPAN_KEYS = 512
 # Lanes of one token that a decode step takes at once.
 _SET_LANES = 2048
@@ -182,7 +182,7 @@ class KernelConfig:
 
     @property
     def prefill_heads(self) -> int:
-        """KV heads that a prefill step computes together."""
+        """KV heads that a prefill step computes in one stretch of code: its start and end leave the units idle."""
         return self._whole_sets(_PREFILL_HEADS)
 
     @property
@@ -223,7 +223,7 @@ class KernelConfig:
 
     @property
     def statistics_shape(self) -> tuple[int, ...]:
-        """float32 scratch for the maximum, or the sum, of every matrix row, the same in each lane."""
+        """float32 scratch for the maximum of every matrix row, in every lane, or for the sum, spread over the lanes."""
         return self.num_kv_heads, self.rows_shape[2], LANES
 
     @property
@@ -276,7 +276,7 @@ class KernelConfig:
         staged = 2 * 2 * _padded_bytes((self.block_rows, self.num_q_heads * self.head_dim), self.q_dtype)
         staged += 2 * _padded_bytes((self.block_rows, self.num_q_heads), "float32") * self.with_lse
         scratch = sum(_padded_bytes(shape, "float32") for shape in self.float32_scratch)
-        scores = self.prefill_heads * self.step_rows * self.span_blocks * self.block_keys
+        scores = 2 * self.step_rows * self.span_blocks * self.block_keys  # of one head, and of the next
         scratch += scores * (4 + jnp.dtype(self.compute_dtype).itemsize)
         if self.with_update:
             staged += 4 * _padded_bytes((self.block_rows, self.num_kv_heads * self.head_dim), self.q_dtype)
@@ -325,7 +325,8 @@ def make_config(
     pages = page_shape(kv_pages.shape, head_dim)
     group = num_q_heads // pages.num_kv_heads
     block_pages = options.num_kv_pages_per_block or max(1, _KEYS_PER_BLOCK // pages.page_size)
-    block_rows = -(-(options.num_queries_per_block or _BLOCK_ROWS) // COPY_ROWS) * COPY_ROWS
+    block_rows = min(options.num_queries_per_block or _BLOCK_ROWS, num_tokens)
+    block_rows = -(-block_rows // COPY_ROWS) * COPY_ROWS
     config = KernelConfig(
         num_tokens=num_tokens,
         num_q_heads=num_q_heads,
@@ -344,12 +345,12 @@ def make_config(
         # What a TPU refuses in heads form reaches this point in interpreters only, and is reshaped there.
         heads_form=len(kv_pages.shape) == 4 and not tpu_reasons(q.shape, kv_pages.shape, kv_pages.dtype.name),
         chip=chips.named(chip),
-        block_rows=min(block_rows, -(-num_tokens // COPY_ROWS) * COPY_ROWS),
+        block_rows=block_rows,
         block_pages=block_pages,
         num_slots=_NUM_SLOTS,
         group_items=_GROUP_ITEMS,
         row_batches=_ROW_BATCHES,
-        step_rows=min(_STEP_ROWS, -(-num_tokens * group // 8) * 8),
+        step_rows=min(_STEP_ROWS, block_rows * group),
     )
     return _fit(config)
 

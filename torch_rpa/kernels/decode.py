@@ -120,9 +120,10 @@ def _attend_each(config: KernelConfig, refs: Refs, members: list[Member], head_s
     values = [v for _, v in kv]
     if is_edge:
         scores, values = zip(*map(lambda *args: _hide(config, *args), members, scores, values), strict=True)
-    weighed = [softmax.weigh(s) for s in scores]
-    sums = [softmax.sum_values(weights, v) for (_, weights, _), v in zip(weighed, values, strict=True)]
-    return [State(top, total, _diagonal(config, acc)) for (top, _, total), acc in zip(weighed, sums, strict=True)]
+    tops = [softmax.raise_top(softmax.LOWEST, s) for s in scores]
+    weights = [softmax.weigh(s, top) for s, top in zip(scores, tops, strict=True)]
+    sums = [softmax.sum_values(w, v) for w, v in zip(weights, values, strict=True)]
+    return [State(t, softmax.add_up(w), _diagonal(config, a)) for t, w, a in zip(tops, weights, sums, strict=True)]
 
 
 def _merge(config: KernelConfig, refs: Refs, members: list[Member], head_set, parts: list[State]) -> list[State]:

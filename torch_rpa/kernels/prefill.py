@@ -12,9 +12,7 @@ from torch_rpa.kernels.config import KernelConfig, fill_lanes
 from torch_rpa.kernels.load import load_kv
 from torch_rpa.kernels.refs import Refs
 from torch_rpa.kernels.schedule import Item
-from torch_rpa.kernels.softmax import State
-
-_CLEAR_ROWS = 8
+from torch_rpa.kernels.softmax import Chunk
 
 
 class Rows(NamedTuple):
@@ -31,7 +29,7 @@ class Rows(NamedTuple):
 
 
 class Span(NamedTuple):
-    """The keys of ``config.span_blocks`` slots, of which the tile sees some in ``start <= j < end``."""
+    """The keys of some slots, of which the tile sees some in ``start <= j < end``."""
 
     slots: Any
     first_key: Any
@@ -41,7 +39,6 @@ class Span(NamedTuple):
 
 def attend_item(config: KernelConfig, refs: Refs, fetch, item: Item, slot):
     """Every KV head of the item's tile over its key block and those that follow; returns how many items that was."""
-    pl.when(item.is_first)(lambda: _clear_tile(config, refs, item))
     span, count = _take_span(config, refs, fetch, item, slot)
     num_sets = config.num_kv_heads // config.prefill_heads
 
@@ -79,22 +76,10 @@ def _receive(config: KernelConfig, refs: Refs, fetch, item: Item, slot, is_item)
         pl.when(is_item)(lambda: write.put_tile(config, refs, item, slot))
 
 
-def _clear_tile(config: KernelConfig, refs: Refs, item: Item):
-    """No key seen yet. Rows past the tile are those of later tiles, which clear them again."""
-    first = item.row * config.group
-
-    def clear(i, _):
-        for ref, value in ((refs.acc_rows, 0.0), (refs.top_rows, softmax.LOWEST), (refs.total_rows, 0.0)):
-            rows = (slice(None),) * (len(ref.shape) - 2) + (pl.ds(first + i * _CLEAR_ROWS, _CLEAR_ROWS), slice(None))
-            shape = (*ref.shape[:-2], _CLEAR_ROWS, ref.shape[-1])
-            ref[rows] = jnp.full(shape, value, jnp.float32)
-
-    lax.fori_loop(0, schedule.blocks_of(item.num_rows * config.group, _CLEAR_ROWS), clear, None)
-
-
 def _attend_set(config: KernelConfig, refs: Refs, item: Item, span: Span, head_set):
     """A set of heads: each step of rows that sees a key; masked only if some row of it does not see some key."""
     first_key, last_key = span.first_key, span.first_key + config.span_blocks * config.block_keys - 1
+    first_block = span._replace(slots=span.slots[:1])
 
     def attend_step(step, _):
         rows = _rows_of_step(config, item, step)
@@ -102,30 +87,55 @@ def _attend_set(config: KernelConfig, refs: Refs, item: Item, span: Span, head_s
         sees_some = (start <= last_key) & (end > first_key)
         sees_all = mask.all_visible(rows.first_p, rows.last_p, first_key, last_key, **config.options.mask)
         sees_all &= (first_key >= span.start) & (last_key < span.end)
-        for is_edge, applies in ((False, sees_all), (True, sees_some & ~sees_all)):
-            pl.when(applies)(lambda is_edge=is_edge: _attend_rows(config, refs, item, rows, span, head_set, is_edge))
+        is_edge = (sees_some | item.is_first) & ~sees_all  # the first span leaves a state, whatever it sees
+        pl.when(sees_all)(lambda: _attend_rows(config, refs, item, rows, span, head_set, is_edge=False))
+        if config.span_blocks == 1:
+            pl.when(is_edge)(lambda: _attend_rows(config, refs, item, rows, span, head_set, is_edge=True))
+            return
+        # Blocks that no row sees would add zeros: leaving them out changes no bit.
+        is_short = jnp.minimum(end, span.end) <= first_key + config.block_keys
+        for keys, applies in ((span, is_edge & ~is_short), (first_block, is_edge & is_short)):
+            pl.when(applies)(lambda keys=keys: _attend_rows(config, refs, item, rows, keys, head_set, is_edge=True))
 
     lax.fori_loop(0, schedule.blocks_of(item.num_rows * config.group, config.step_rows), attend_step, None)
 
 
 def _attend_rows(config: KernelConfig, refs: Refs, item: Item, rows: Rows, span: Span, head_set, is_edge):
-    """Stage by stage for all heads of the set: the matrix unit works in program order, and must not wait."""
-    heads = [head_set * config.prefill_heads + n for n in range(config.prefill_heads)]
+    """Heads one after the other; in the source, each one's scores stand before the sums of the head before it.
+
+    The matrix unit works in program order: it computes scores while the vector units weigh those of the head before.
+    """
     kv = _load_kv(config, refs, span, head_set)
-    values = [v for _, v in kv]
-    q = [_read_rows(config, refs.q_rows, head, rows).astype(config.compute_dtype) for head in heads]
-    scale, soft_cap = config.score_scale, config.options.soft_cap
-    scores = [softmax.logits(q, k, scale=scale, soft_cap=soft_cap) for q, (k, _) in zip(q, kv, strict=True)]
-    if is_edge:
-        scores, values = _hide(config, item, rows, span, scores, values)
+    bounds = _bounds(config, item, rows, span) if is_edge else None
+    chunk = None
+    for n in range(config.prefill_heads + 1):
+        before, head = chunk, head_set * config.prefill_heads + n
+        if n < config.prefill_heads:
+            chunk = _score(config, refs, item, head, rows, kv[n][0], bounds, span.first_key)
+        if n > 0:
+            values = _hide_values(config, span, kv[n - 1][1]) if is_edge else kv[n - 1][1]
+            _accumulate(config, refs, item, head - 1, rows, before, values)
+
+
+def _score(config: KernelConfig, refs: Refs, item: Item, head, rows: Rows, k, bounds, first_key) -> Chunk:
+    """The scores of a head's rows, -inf where a row does not see a key."""
+    q = _read_rows(config, refs.q_rows, head, rows).astype(config.compute_dtype)
+    scores = softmax.logits(q, k, scale=config.score_scale, soft_cap=config.options.soft_cap)
+    if bounds is not None:
+        scores = _hide_scores(config, scores, bounds, first_key)
+    top = refs.top_rows[head, pl.ds(rows.first, rows.count), :]
+    return softmax.enter(jnp.where(item.is_first, softmax.LOWEST, top), scores)
+
+
+def _accumulate(config: KernelConfig, refs: Refs, item: Item, head, rows: Rows, chunk: Chunk, values):
+    """Add the weighted values to the state of a head's rows; before the first span of a tile there is none."""
     matrix_rows = pl.ds(rows.first, rows.count)
-    for head, head_scores, v in zip(heads, scores, values, strict=True):
-        top, total = refs.top_rows[head, matrix_rows, :], refs.total_rows[head, matrix_rows, :]
-        state = State(top, total, _read_rows(config, refs.acc_rows, head, rows))
-        state = softmax.update(state, head_scores, v)
-        refs.top_rows[head, matrix_rows, :] = state.top
-        refs.total_rows[head, matrix_rows, :] = state.total
-        _write_rows(config, refs.acc_rows, head, rows, state.acc)
+    total = jnp.where(item.is_first, 0.0, refs.total_rows[head, matrix_rows, :])
+    acc = jnp.where(item.is_first, 0.0, _read_rows(config, refs.acc_rows, head, rows))
+    state = softmax.accumulate(total, acc, chunk, values)
+    refs.top_rows[head, matrix_rows, :] = state.top
+    refs.total_rows[head, matrix_rows, :] = state.total
+    _write_rows(config, refs.acc_rows, head, rows, state.acc)
 
 
 def _rows_of_step(config: KernelConfig, item: Item, step) -> Rows:
@@ -136,20 +146,30 @@ def _rows_of_step(config: KernelConfig, item: Item, step) -> Rows:
     return Rows(item.row * config.group + first, config.step_rows, first_p, last_p)
 
 
-def _hide(config: KernelConfig, item: Item, rows: Rows, span: Span, scores, values):
-    """Scores with -inf where a row does not see a key, values with zeros where no row needs a key: 0 * NaN is NaN."""
-
-    def needed(j):
-        return (j >= span.start) & (j < span.end)
-
+def _bounds(config: KernelConfig, item: Item, rows: Rows, span: Span):
+    """int32 [rows, 1], twice: every row sees the keys ``start <= j < end`` of the span."""
     row = rows.first - item.row * config.group + lax.broadcasted_iota(jnp.int32, (rows.count, 1), 0)
     if config.group > 1:  # row // group by way of float32: vector units have no integer division
         row = ((row.astype(jnp.float32) + 0.5) * (1 / config.group)).astype(jnp.int32)
-    j = span.first_key + lax.broadcasted_iota(jnp.int32, (1, len(values[0])), 1)
-    seen = needed(j) & mask.visible(item.first_p + row, j, **config.options.mask)
-    j = span.first_key + lax.broadcasted_iota(jnp.int32, (len(values[0]), 1), 0)
-    is_needed = needed(j)
-    return [jnp.where(seen, x, -jnp.inf) for x in scores], [jnp.where(is_needed, x, jnp.zeros_like(x)) for x in values]
+    p = item.first_p + row
+    start, end = mask.key_range(p, p, span.end, **config.options.mask)
+    return jnp.maximum(start, span.start), jnp.minimum(end, span.end)
+
+
+def _hide_scores(config: KernelConfig, scores, bounds, first_key):
+    """Scores with -inf where a row does not see a key."""
+    start, end = bounds
+    j = first_key + lax.broadcasted_iota(jnp.int32, (1, scores.shape[1]), 1)
+    seen = j < end
+    if config.options.sliding_window is not None:
+        seen &= j >= start
+    return jnp.where(seen, scores, -jnp.inf)
+
+
+def _hide_values(config: KernelConfig, span: Span, values):
+    """Values with zeros where no row needs a key; what is there may be NaN, and 0 * NaN is NaN."""
+    j = span.first_key + lax.broadcasted_iota(jnp.int32, (len(values), 1), 0)
+    return jnp.where((j >= span.start) & (j < span.end), values, jnp.zeros_like(values))
 
 
 def _load_kv(config: KernelConfig, refs: Refs, span: Span, head_set):

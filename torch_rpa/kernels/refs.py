@@ -24,11 +24,11 @@ class Refs(NamedTuple):
     q_rows: Any  # VMEM float32 [num_kv_heads, lane_parts, matrix rows, head_dim / lane_parts]
     acc_rows: Any  # VMEM, as q_rows
     top_rows: Any  # VMEM float32 [num_kv_heads, matrix rows, 128], the same in every lane
-    total_rows: Any  # VMEM, as top_rows
+    total_rows: Any  # VMEM, as top_rows, but spread out over the lanes
     decode_q: Any  # VMEM float32 [group_items, num_head_sets, query heads of a set, k lanes of a set]
     decode_acc: Any  # VMEM float32 [num_head_sets, query heads of a set, head_dim]: of an unfinished row
     decode_top: Any  # VMEM float32 [num_head_sets, query heads of a set, 128], the same in every lane
-    decode_total: Any  # VMEM, as decode_top
+    decode_total: Any  # VMEM, as decode_top, but spread out over the lanes
     kv_buffer: Any  # VMEM [num_slots, block_pages, page_size * token_rows, kv_width / token_rows]
     kv_sems: Any  # DMA semaphores [num_slots]
     k_rows: Any  # VMEM float32 [num_kv_heads, lane_parts, rows, head_dim / lane_parts], or None

@@ -5,42 +5,48 @@ begin at any sublane, so that a tile begins wherever its sequence does. The regr
 themselves, with a stride of ``group`` sublanes.
 """
 
+from math import gcd
+
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
 from torch_rpa.kernels import schedule, softmax
-from torch_rpa.kernels.config import COPY_ROWS, KernelConfig, fill_lanes
+from torch_rpa.kernels.config import KernelConfig, fill_lanes
 from torch_rpa.kernels.refs import Refs
 from torch_rpa.kernels.worklist import active_seqs
+
+# Rows of one iteration, where a row block can be cut like that: enough to hide latencies.
+_COPY_ROWS = 32
 
 
 def regroup_q(config: KernelConfig, refs: Refs, row_block):
     """q's rows as float32, the query heads of a KV head next to each other: matrix row r * group + g."""
+    count = gcd(config.block_rows, _COPY_ROWS)
 
     def regroup(i, _):
-        rows, lanes = pl.ds(pl.multiple_of(i * COPY_ROWS, COPY_ROWS), COPY_ROWS), config.part_lanes
-        for head, part, matrix_rows, lane in _places(config, i * COPY_ROWS):
+        rows, lanes = pl.ds(pl.multiple_of(i * count, count), count), config.part_lanes
+        for head, part, matrix_rows, lane in _places(config, i * count, count):
             q = refs.q[rows, lane : lane + lanes].astype(jnp.float32)
             refs.q_rows.at[head // config.group, part][matrix_rows, :] = fill_lanes(q)
 
-    lax.fori_loop(0, schedule.blocks_of(count_rows(config, refs, row_block), COPY_ROWS), regroup, None)
+    lax.fori_loop(0, schedule.blocks_of(count_rows(config, refs, row_block), count), regroup, None)
 
 
 def write_rows(config: KernelConfig, refs: Refs, row_block):
     """out (and lse) of the row block: every row divided by its sum, zeros where no sequence has a row."""
-    end_row = count_rows(config, refs, row_block)
-    head_lanes = lax.broadcasted_iota(jnp.int32, (COPY_ROWS, config.num_q_heads), 1)
+    end_row, count = count_rows(config, refs, row_block), gcd(config.block_rows, _COPY_ROWS)
+    head_lanes = lax.broadcasted_iota(jnp.int32, (count, config.num_q_heads), 1)
 
     def write(i, _):
-        rows, lanes = pl.ds(pl.multiple_of(i * COPY_ROWS, COPY_ROWS), COPY_ROWS), config.part_lanes
-        is_row = i * COPY_ROWS + lax.broadcasted_iota(jnp.int32, (COPY_ROWS, 1), 0) < end_row
-        lse = jnp.full((COPY_ROWS, config.num_q_heads), -jnp.inf, jnp.float32)
-        for head, part, matrix_rows, lane in _places(config, i * COPY_ROWS):
+        rows, lanes = pl.ds(pl.multiple_of(i * count, count), count), config.part_lanes
+        is_row = i * count + lax.broadcasted_iota(jnp.int32, (count, 1), 0) < end_row
+        lse = jnp.full((count, config.num_q_heads), -jnp.inf, jnp.float32)
+        for head, part, matrix_rows, lane in _places(config, i * count, count):
             kv_head = head // config.group
             sink = refs.sinks[head] if config.with_sinks else None
-            statistics = refs.top_rows.at[kv_head][matrix_rows, :], refs.total_rows.at[kv_head][matrix_rows, :]
-            factor, head_lse = softmax.finish(*(x[:, :1] for x in statistics), sink)
+            top, total = refs.top_rows.at[kv_head][matrix_rows, :], refs.total_rows.at[kv_head][matrix_rows, :]
+            factor, head_lse = softmax.finish(top[:, :1], total.sum(axis=1, keepdims=True), sink)
             acc = refs.acc_rows.at[kv_head, part][matrix_rows, :][:, :lanes] * (factor * config.value_scale)
             refs.out[rows, lane : lane + lanes] = jnp.where(is_row, acc, 0.0).astype(refs.out.dtype)
             lse = jnp.where(is_row & (head_lanes == head), head_lse, lse)
@@ -48,14 +54,14 @@ def write_rows(config: KernelConfig, refs: Refs, row_block):
             refs.lse[rows, :] = lse
 
     def write_padding(i, _):
-        rows = pl.ds(pl.multiple_of(i * COPY_ROWS, COPY_ROWS), COPY_ROWS)
-        refs.out[rows, :] = jnp.zeros((COPY_ROWS, refs.out.shape[1]), refs.out.dtype)
+        rows = pl.ds(pl.multiple_of(i * count, count), count)
+        refs.out[rows, :] = jnp.zeros((count, refs.out.shape[1]), refs.out.dtype)
         if config.with_lse:
-            refs.lse[rows, :] = jnp.full((COPY_ROWS, config.num_q_heads), -jnp.inf, jnp.float32)
+            refs.lse[rows, :] = jnp.full((count, config.num_q_heads), -jnp.inf, jnp.float32)
 
-    first_padding = schedule.blocks_of(end_row, COPY_ROWS)
+    first_padding = schedule.blocks_of(end_row, count)
     lax.fori_loop(0, first_padding, write, None)
-    lax.fori_loop(first_padding, config.block_rows // COPY_ROWS, write_padding, None)
+    lax.fori_loop(first_padding, config.block_rows // count, write_padding, None)
 
 
 def count_rows(config: KernelConfig, refs: Refs, row_block):
@@ -64,9 +70,9 @@ def count_rows(config: KernelConfig, refs: Refs, row_block):
     return jnp.clip(end_row - row_block * config.block_rows, 0, config.block_rows)
 
 
-def _places(config: KernelConfig, first_row):
+def _places(config: KernelConfig, first_row, count):
     """For every piece of a query head: head, part, its rows in its KV head's matrix, its first lane in q and out."""
     for head in range(config.num_q_heads):
-        matrix_rows = pl.ds(first_row * config.group + head % config.group, COPY_ROWS, stride=config.group)
+        matrix_rows = pl.ds(first_row * config.group + head % config.group, count, stride=config.group)
         for part in range(config.lane_parts):
             yield head, part, matrix_rows, head * config.head_dim + part * config.part_lanes

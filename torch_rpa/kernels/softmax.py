@@ -15,21 +15,30 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from torch_rpa.kernels.config import LANES
+from torch_rpa.kernels.config import LANES, fill_lanes
 
 # Below every logit, and finite: top - top must not be NaN.
 LOWEST = -1e37
 
 
 class State(NamedTuple):
-    """top and total, float32 [rows, 128], the same in every lane; acc, float32 [rows, head_dim].
+    """top and total, float32 [rows, 128]; acc, float32 [rows, head_dim].
 
-    Vector units broadcast along sublanes for free, but not along lanes: what every lane needs is kept in every lane.
+    Vector units broadcast along sublanes for free, but not along lanes: top, which every lane needs, is kept in every
+    lane. The total is left spread out over the lanes, and is their sum.
     """
 
     top: jax.Array
     total: jax.Array
     acc: jax.Array
+
+
+class Chunk(NamedTuple):
+    """scores [rows, keys]; the top [rows, 128] of these and all keys before; decay [rows, 128] of what came before."""
+
+    scores: jax.Array
+    top: jax.Array
+    decay: jax.Array
 
 
 EMPTY = State(LOWEST, 0.0, 0.0)  # before any key
@@ -43,16 +52,23 @@ def logits(q, k, *, scale: float, soft_cap: float | None):
     return jnp.tanh(scores * (scale / soft_cap)) * soft_cap
 
 
-def weigh(scores, top=LOWEST):
-    """The new top [rows, 128], the weights [rows, keys] relative to it, and their sum [rows, 128].
+def raise_top(top, scores):
+    """The largest logit [rows, 128] with these scores; ``top`` is that of the keys before, or LOWEST."""
+    return jnp.maximum(jnp.broadcast_to(scores.max(axis=1, keepdims=True), (len(scores), LANES)), top)
 
-    Args:
-        scores: float32 [rows, keys] from ``logits``, -inf where a row does not see a key.
-        top: of the keys before, [rows, 128].
-    """
-    top = jnp.maximum(jnp.broadcast_to(scores.max(axis=1, keepdims=True), (len(scores), LANES)), top)
-    weights = jnp.exp(scores - lanes(top, scores.shape[1]))
-    return top, weights, jnp.broadcast_to(weights.sum(axis=1, keepdims=True), top.shape)
+
+def weigh(scores, top):
+    """The weights [rows, keys] of scores, -inf where a row does not see a key, relative to top [rows, 128]."""
+    return jnp.exp(scores - lanes(top, scores.shape[1]))
+
+
+def add_up(weights):
+    """The total of weights [rows, keys], float32 [rows, 128], spread out over the lanes."""
+    weights = fill_lanes(weights)
+    parts = [weights[:, i : i + LANES] for i in range(0, weights.shape[1], LANES)]
+    while len(parts) > 1:  # pairs of neighbours: keys left out at the end change no bit
+        parts = [sum(parts[i + 1 : i + 2], parts[i]) for i in range(0, len(parts), 2)]
+    return parts[0]
 
 
 def sum_values(weights, values):
@@ -60,12 +76,17 @@ def sum_values(weights, values):
     return _matmul(weights.astype(values.dtype), values, contract=0)
 
 
-def update(state: State, scores, values) -> State:
-    """The state after one more chunk, with scores and values as in ``weigh`` and ``sum_values``."""
-    top, weights, total = weigh(scores, state.top)
-    decay = jnp.exp(state.top - top)
-    acc = state.acc * lanes(decay, state.acc.shape[1]) + sum_values(weights, values)
-    return State(top, state.total * decay + total, acc)
+def enter(top, scores) -> Chunk:
+    """The first half of adding a chunk: all that needs the scores only, so that other products may stand in between."""
+    new_top = raise_top(top, scores)
+    return Chunk(scores, new_top, jnp.exp(top - new_top))
+
+
+def accumulate(total, acc, chunk: Chunk, values) -> State:
+    """The second half: the state after the chunk, from the total and acc before it and the chunk's values."""
+    weights = weigh(chunk.scores, chunk.top)
+    acc = acc * lanes(chunk.decay, values.shape[1]) + sum_values(weights, values)
+    return State(chunk.top, total * chunk.decay + add_up(weights), acc)
 
 
 def merge(a: State, b: State) -> State:
