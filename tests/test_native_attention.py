@@ -236,6 +236,8 @@ def sanitized_tree(tmp_path_factory):
         [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=tree, env=env, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    (library,) = (tree / "torch_rpa").glob("_C.*.so")
+    assert b"__asan_report_load" in library.read_bytes(), "the library was built without the sanitizer"
     return tree
 
 
