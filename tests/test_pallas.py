@@ -204,11 +204,20 @@ def test_pages_before_the_window_may_be_freed_and_are_not_fetched():
     check_read(batch, sliding_window=10)
 
 
-@pytest.mark.parametrize("num_pages_per_block", [1, 16])
-def test_rows_do_not_depend_on_the_batch(num_pages_per_block):
+BATCH_INDEPENDENCE = {
+    "one_page_a_block": {"num_kv_pages_per_block": 1},
+    "blocks_by_default": {},
+    "a_window_over_several_spans": {
+        "num_kv_pages_per_block": 1, "num_queries_per_block": 16, "sliding_window": 100
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", BATCH_INDEPENDENCE.values(), ids=BATCH_INDEPENDENCE)
+def test_rows_do_not_depend_on_the_batch(options):
     """Bit for bit: the sequences of a batch, each also alone in a batch of the same shapes."""
-    batch = make_batch(((1, 37), (20, 20), (1, 130), (1, 200), (6, 50)), dtype=torch.bfloat16)
-    options = {"sm_scale": 0.125, "num_kv_pages_per_block": num_pages_per_block}
+    batch = make_batch(((1, 37), (20, 20), (1, 130), (1, 200), (40, 190)), dtype=torch.bfloat16)
+    options = {"sm_scale": 0.125, **options}
     together = run("ragged_paged_attention_with_lse", batch, **options)
     for s in range(5):
         first, last = int(batch.cu_q_lens[s]), int(batch.cu_q_lens[s + 1])

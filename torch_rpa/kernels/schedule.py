@@ -28,7 +28,7 @@ class Tile(NamedTuple):
         first_p: position of its first row in the sequence.
         is_decode: the sequence has one row in all.
         start, end: the keys ``start <= j < end`` hold all that its rows see.
-        first_block, end_block: the key blocks with such keys; at least one.
+        first_block, end_block: the key blocks with such keys, at least one; for prefill from a whole span on.
         past_block: the sequence goes on in the next row block.
     """
 
@@ -56,13 +56,18 @@ def make_tile(config: KernelConfig, row_block, first_row, end_row, kv_len, only_
     start, end = mask.key_range(first_p, last_p, kv_len, **config.options.mask)
     start, end = jnp.where(only_new, first_p, start), jnp.where(only_new, last_p + 1, end)
     start, end = jnp.maximum(start, 0), jnp.clip(end, 0, kv_len)
+    is_decode = end_row - first_row == 1
+    # A prefill tile's spans are counted from the sequence's start, or sums would depend on where its rows fall. What
+    # stands before ``start`` is not fetched.
+    step = jnp.where(is_decode, 1, config.span_blocks)
     first_block = whole_blocks(start, config.block_keys)
+    first_block -= lax.rem(first_block, step)
     end_block = jnp.maximum(blocks_of(end, config.block_keys), first_block + 1)
     return Tile(
         row=tile_start - block_start,
         num_rows=tile_end - tile_start,
         first_p=first_p,
-        is_decode=end_row - first_row == 1,
+        is_decode=is_decode,
         start=start,
         end=end,
         first_block=first_block,
