@@ -107,7 +107,8 @@ def put_rows(config: KernelConfig, refs: Refs, members):
 
 def wait_for_rows(config: KernelConfig, refs: Refs):
     """Wait until the new tokens of all decode rows are in their pages."""
-    lax.fori_loop(0, config.row_batches, lambda batch, _: _wait_for_batch(config, refs, batch), None)
+    for batch in range(config.row_batches):
+        _wait_for_batch(config, refs, batch)
 
 
 def _put_rows(config: KernelConfig, refs: Refs, members):
@@ -180,8 +181,8 @@ def _tokens(config: KernelConfig, refs: Refs, slot, start, count):
 def _page_number(config: KernelConfig, refs: Refs, item: schedule.Item, start):
     """The number of the page that holds token ``start`` of the key block, and whether there is such a page."""
     page = schedule.whole_blocks(item.first_key + start, config.page_size)
-    number = refs.page_indices[item.seq * config.pages_per_seq + jnp.minimum(page, config.pages_per_seq - 1)]
-    return number, (number >= 0) & (number < config.num_pages) & (page < config.pages_per_seq)
+    number = refs.page_indices[item.seq * config.pages_per_seq + page]
+    return number, (number >= 0) & (number < config.num_pages)
 
 
 def _row_copy(config: KernelConfig, refs: Refs, batch, place, page, token):
