@@ -107,8 +107,11 @@ def put_rows(config: KernelConfig, refs: Refs, members):
 
 def wait_for_rows(config: KernelConfig, refs: Refs):
     """Wait until the new tokens of all decode rows are in their pages."""
-    for batch in range(config.row_batches):
-        _wait_for_batch(config, refs, batch)
+
+    def wait(batch, _):
+        pl.when(refs.row_writes[batch] > 0)(lambda: _wait_for_batch(config, refs, batch))
+
+    lax.fori_loop(0, config.row_batches, wait, None)
 
 
 def _put_rows(config: KernelConfig, refs: Refs, members):
@@ -134,8 +137,9 @@ def _put_rows(config: KernelConfig, refs: Refs, members):
 
 
 def _wait_for_batch(config: KernelConfig, refs: Refs, batch):
+    count = refs.row_writes[batch]
     for i in range(config.group_items):
-        pl.when(refs.row_writes[batch] > i)(_row_copy(config, refs, batch, 0, 0, 0).wait)
+        pl.when(count > i)(_row_copy(config, refs, batch, 0, 0, 0).wait)
     refs.row_writes[batch] = 0
 
 
