@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_tpu_model --chip v6e                        ours, in about a minute
     python -m benchmarks.bench_tpu_model --kv-dtype bfloat16 int8          a column for each
-    python -m benchmarks.bench_tpu_model --update --page-size 16           the update beside the read-only op
+    python -m benchmarks.bench_tpu_model --update                          the update beside it, and the ratio
     make bench-tpu                                                         v6e, v5e and 7x, beside both peers
 
 Prints Markdown: us, and in brackets the share of HBM bandwidth that useful bytes get (decode), or the share of peak
@@ -31,6 +31,7 @@ REPO = Path(__file__).parents[1]
 MODELLED = REPO / "torch_rpa" / "modelled.json"
 CHOICES = ("v6e", "v5e", "7x")
 KERNELS = ("ours", "v2", "v3")
+UPDATE = ", update"
 
 
 def parse_args():
@@ -59,7 +60,7 @@ def cases(kernel: str, chip: str, args) -> dict[str, OpCase]:
     columns = {}
     for dtype, update in itertools.product(args.kv_dtype, (False, True) if args.update else (False,)):
         scales = {"k_scale": 0.1, "v_scale": 0.1} if dtype == "int8" else {}
-        name = f"{chip} ours" + f", {dtype}" * (dtype != "bfloat16") + ", update" * update
+        name = f"{chip} ours" + f", {dtype}" * (dtype != "bfloat16") + UPDATE * update
         columns[name] = replace(peer, kv_dtype=dtype, update=update, options=scales, **variant)
     return columns
 
@@ -110,6 +111,14 @@ def cell(case: OpCase, batch, microseconds: float) -> str:
     return f"{microseconds:.1f} (/{share:.2f})"
 
 
+def ratio(columns, column: str, batch_name: str) -> str:
+    """How much longer the update takes than the op that only reads."""
+    if not column.endswith(UPDATE):
+        return ""
+    with_update, without = (columns[name][2][batch_name] for name in (column, column.removesuffix(UPDATE)))
+    return f" x {with_update / without:.3f}"
+
+
 def main():
     args = parse_args()
     if not (args.tools / "tpusim").is_dir():
@@ -125,7 +134,11 @@ def main():
     print(f"| us, modelled | {' | '.join(columns)} |")
     print(f"|---|{'---:|' * len(columns)}")
     for name, batch in workloads.batches().items():
-        print(f"| {name} | {' | '.join(cell(case, batch, times[name]) for case, _, times in columns.values())} |")
+        cells = [
+            cell(case, batch, times[name]) + ratio(columns, column, name)
+            for column, (case, _, times) in columns.items()
+        ]
+        print(f"| {name} | {' | '.join(cells)} |")
     print(f"| compile, s | {' | '.join(f'{seconds:.0f}' for _, seconds, _ in columns.values())} |")
     if args.save:
         ours = {chip: columns[f"{chip} ours"][2] for chip in args.chip}

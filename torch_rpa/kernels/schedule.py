@@ -59,9 +59,9 @@ def make_tile(config: KernelConfig, row_block, first_row, end_row, kv_len, only_
     is_decode = end_row - first_row == 1
     # A prefill tile's spans are counted from the sequence's start, or sums would depend on where its rows fall. What
     # stands before ``start`` is not fetched.
-    step = jnp.where(is_decode, 1, config.span_blocks)
     first_block = whole_blocks(start, config.block_keys)
-    first_block -= lax.rem(first_block, step)
+    span_start = whole_blocks(first_block, config.span_blocks) * config.span_blocks
+    first_block = jnp.where(is_decode, first_block, span_start)
     end_block = jnp.maximum(blocks_of(end, config.block_keys), first_block + 1)
     return Tile(
         row=tile_start - block_start,

@@ -39,9 +39,23 @@ def start_batch(config: KernelConfig, refs: Refs, only_new=False):
 
 def fetch_next(config: KernelConfig, refs: Refs, fetch, freed=0):
     """Fetch the next items into the free slots, and into ``freed`` ones more."""
-    free = refs.cursor[_FREE_SLOTS] + freed
-    refs.cursor[_FREE_SLOTS] = free
-    lax.fori_loop(0, free, lambda _, __: _fetch_one(config, refs, fetch), None)
+    cursor = refs.cursor
+
+    def may_fetch(free):
+        return (free > 0) & (cursor[_SEQ] < cursor[_END_SEQ])
+
+    def fetch_one(carry):
+        free = carry[0] - 1
+        _fetch_one(config, refs, fetch)
+        return free, may_fetch(free)
+
+    free = cursor[_FREE_SLOTS] + freed
+    free, _ = lax.while_loop(lambda carry: carry[1], fetch_one, (free, may_fetch(free)))
+    cursor[_FREE_SLOTS] = free
+
+    @pl.when(free > 0)
+    def _():
+        refs.items[cursor[_FETCH_SLOT] * len(Item._fields)] = config.num_row_blocks  # who computes must not go on here
 
 
 def for_each_item(config: KernelConfig, refs: Refs, row_block, work):
@@ -82,30 +96,21 @@ def active_seqs(config: KernelConfig, refs: Refs):
 def _fetch_one(config: KernelConfig, refs: Refs, fetch):
     cursor = refs.cursor
     seq, row_block, slot = cursor[_SEQ], cursor[_ROW_BLOCK], cursor[_FETCH_SLOT]
-    may_fetch = seq < cursor[_END_SEQ]
+    tile = _tile_of(config, refs, seq, row_block)
+    block = jnp.maximum(cursor[_BLOCK], tile.first_block)
+    fetch.start(slot, seq, block, schedule.needed_pages(config, tile, block))
+    item = schedule.make_item(config, row_block, seq, tile, block)
+    for i, value in enumerate(item):
+        refs.items[slot * len(item) + i] = jnp.asarray(value, jnp.int32)
+    cursor[_FETCH_SLOT] = slot_after(config, slot)
+    cursor[_BLOCK] = jnp.where(item.is_last, 0, block + 1)
 
-    @pl.when(may_fetch)
+    @pl.when(item.is_last)
     def _():
-        tile = _tile_of(config, refs, seq, row_block)
-        block = jnp.maximum(cursor[_BLOCK], tile.first_block)
-        fetch.start(slot, seq, block, schedule.needed_pages(config, tile, block))
-        item = schedule.make_item(config, row_block, seq, tile, block)
-        for i, value in enumerate(item):
-            refs.items[slot * len(item) + i] = jnp.asarray(value, jnp.int32)
-        cursor[_FETCH_SLOT] = slot_after(config, slot)
-        cursor[_FREE_SLOTS] = cursor[_FREE_SLOTS] - 1
-        cursor[_BLOCK] = jnp.where(item.is_last, 0, block + 1)
-
-        @pl.when(item.is_last)
-        def _():
-            cursor[_SEQ], cursor[_ROW_BLOCK] = _next_tile(config, refs, seq, row_block, tile)
-            if config.with_update:  # the sequence's next tile needs what this one writes
-                writes = tile.past_block & (cursor[_ONLY_NEW] == 1 if config.writes_first else True)
-                cursor[_END_SEQ] = jnp.where(writes, 0, cursor[_END_SEQ])
-
-    @pl.when(~may_fetch)
-    def _():
-        refs.items[slot * len(Item._fields)] = config.num_row_blocks  # whoever computes must not go on here
+        cursor[_SEQ], cursor[_ROW_BLOCK] = _next_tile(config, refs, seq, row_block, tile)
+        if config.with_update:  # the sequence's next tile needs what this one writes
+            writes = tile.past_block & (cursor[_ONLY_NEW] == 1 if config.writes_first else True)
+            cursor[_END_SEQ] = jnp.where(writes, 0, cursor[_END_SEQ])
 
 
 def _tile_of(config: KernelConfig, refs: Refs, seq, row_block) -> schedule.Tile:

@@ -107,7 +107,11 @@ def put_rows(config: KernelConfig, refs: Refs, members):
 
 def wait_for_rows(config: KernelConfig, refs: Refs):
     """Wait until the new tokens of all decode rows are in their pages."""
-    lax.fori_loop(0, config.row_batches, lambda batch, _: _wait_for_batch(config, refs, batch), None)
+
+    def wait(batch, _):
+        pl.when(refs.row_writes[batch] > 0)(lambda: _wait_for_batch(config, refs, batch))
+
+    lax.fori_loop(0, config.row_batches, wait, None)
 
 
 def _put_rows(config: KernelConfig, refs: Refs, members):
@@ -133,8 +137,9 @@ def _put_rows(config: KernelConfig, refs: Refs, members):
 
 
 def _wait_for_batch(config: KernelConfig, refs: Refs, batch):
+    count = refs.row_writes[batch]
     for i in range(config.group_items):
-        pl.when(refs.row_writes[batch] > i)(_row_copy(config, refs, batch, 0, 0, 0).wait)
+        pl.when(count > i)(_row_copy(config, refs, batch, 0, 0, 0).wait)
     refs.row_writes[batch] = 0
 
 
@@ -180,8 +185,8 @@ def _tokens(config: KernelConfig, refs: Refs, slot, start, count):
 def _page_number(config: KernelConfig, refs: Refs, item: schedule.Item, start):
     """The number of the page that holds token ``start`` of the key block, and whether there is such a page."""
     page = schedule.whole_blocks(item.first_key + start, config.page_size)
-    number = refs.page_indices[item.seq * config.pages_per_seq + jnp.minimum(page, config.pages_per_seq - 1)]
-    return number, (number >= 0) & (number < config.num_pages) & (page < config.pages_per_seq)
+    number = refs.page_indices[item.seq * config.pages_per_seq + page]
+    return number, (number >= 0) & (number < config.num_pages)
 
 
 def _row_copy(config: KernelConfig, refs: Refs, batch, place, page, token):
