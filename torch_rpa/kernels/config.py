@@ -33,8 +33,10 @@ from torch_rpa.options import AttentionOptions
 from torch_rpa.validation import page_shape, tpu_reasons
 
 LANES = 128
-# Rows that one copy loop of the kernel moves: a whole tile of the narrowest q dtype.
-COPY_ROWS = 16
+# Row blocks are whole tiles of the narrowest q dtype.
+_TILE_ROWS = 16
+# Rows that one iteration of a copy loop moves, where a row block can be cut like that: enough to hide latencies.
+_COPY_ROWS = 32
 # Rows that a DMA may take of a page, whatever its dtype.
 _UNIT_TOKENS = 32
 # Rows of q and out staged at once.
@@ -103,6 +105,11 @@ class KernelConfig:
     @property
     def block_keys(self) -> int:
         return self.block_pages * self.page_size
+
+    @property
+    def copy_rows(self) -> int:
+        """Rows that one iteration of a copy between the forms of rows moves."""
+        return gcd(self.block_rows, _COPY_ROWS)
 
     @property
     def num_row_blocks(self) -> int:
@@ -326,7 +333,7 @@ def make_config(
     group = num_q_heads // pages.num_kv_heads
     block_pages = options.num_kv_pages_per_block or max(1, _KEYS_PER_BLOCK // pages.page_size)
     block_rows = min(options.num_queries_per_block or _BLOCK_ROWS, num_tokens)
-    block_rows = -(-block_rows // COPY_ROWS) * COPY_ROWS
+    block_rows = -(-block_rows // _TILE_ROWS) * _TILE_ROWS
     config = KernelConfig(
         num_tokens=num_tokens,
         num_q_heads=num_q_heads,

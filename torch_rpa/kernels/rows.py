@@ -5,8 +5,6 @@ begin at any sublane, so that a tile begins wherever its sequence does. The regr
 themselves, with a stride of ``group`` sublanes.
 """
 
-from math import gcd
-
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -16,13 +14,10 @@ from torch_rpa.kernels.config import KernelConfig, fill_lanes
 from torch_rpa.kernels.refs import Refs
 from torch_rpa.kernels.worklist import active_seqs
 
-# Rows of one iteration, where a row block can be cut like that: enough to hide latencies.
-_COPY_ROWS = 32
-
 
 def regroup_q(config: KernelConfig, refs: Refs, row_block):
     """q's rows as float32, the query heads of a KV head next to each other: matrix row r * group + g."""
-    count = gcd(config.block_rows, _COPY_ROWS)
+    count = config.copy_rows
 
     def regroup(i, _):
         rows, lanes = pl.ds(pl.multiple_of(i * count, count), count), config.part_lanes
@@ -35,7 +30,7 @@ def regroup_q(config: KernelConfig, refs: Refs, row_block):
 
 def write_rows(config: KernelConfig, refs: Refs, row_block):
     """out (and lse) of the row block: every row divided by its sum, zeros where no sequence has a row."""
-    end_row, count = count_rows(config, refs, row_block), gcd(config.block_rows, _COPY_ROWS)
+    end_row, count = count_rows(config, refs, row_block), config.copy_rows
     head_lanes = lax.broadcasted_iota(jnp.int32, (count, config.num_q_heads), 1)
 
     def write(i, _):

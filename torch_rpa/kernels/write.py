@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from torch_rpa.kernels import schedule, worklist
-from torch_rpa.kernels.config import COPY_ROWS, LANES, KernelConfig, fill_lanes
+from torch_rpa.kernels.config import LANES, KernelConfig, fill_lanes
 from torch_rpa.kernels.dma import SlotWrites, in_slot, rows_of
 from torch_rpa.kernels.quantize import quantize
 from torch_rpa.kernels.refs import Refs
@@ -46,17 +46,17 @@ def write_block(config: KernelConfig, refs: Refs, fetch, row_block):
 
 def regroup_new(config: KernelConfig, refs: Refs, row_block):
     """k and v of the row block as they will be in the pages, but float32 and by head: a tile may begin at any row."""
-    heads, parts, lanes = config.num_kv_heads, config.lane_parts, config.part_lanes
+    heads, parts, lanes, count = config.num_kv_heads, config.lane_parts, config.part_lanes, config.copy_rows
 
     def regroup(i, _):
-        rows = pl.ds(pl.multiple_of(i * COPY_ROWS, COPY_ROWS), COPY_ROWS)
-        to_rows = pl.ds(pl.multiple_of(i * COPY_ROWS, COPY_ROWS) + config.unit_tokens, COPY_ROWS)
+        first_row = pl.multiple_of(i * count, count)
+        rows, to_rows = pl.ds(first_row, count), pl.ds(first_row + config.unit_tokens, count)
         for source, target, scale in _sources(config, refs):
             for piece in range(heads * parts):
                 new = quantize(source[rows, piece * lanes : (piece + 1) * lanes], config.kv_dtype, scale)
                 target.at[piece // parts, piece % parts][to_rows, :] = fill_lanes(new.astype(jnp.float32))
 
-    lax.fori_loop(0, schedule.blocks_of(count_rows(config, refs, row_block), COPY_ROWS), regroup, None)
+    lax.fori_loop(0, schedule.blocks_of(count_rows(config, refs, row_block), count), regroup, None)
 
 
 def put_tile(config: KernelConfig, refs: Refs, item: schedule.Item, slot):
