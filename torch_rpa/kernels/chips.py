@@ -16,6 +16,7 @@ class Chip:
         vmem_bytes: vector memory of one core.
         hbm_bytes_per_s, flops_per_s: published peaks, of bfloat16 products; of the two cores of a v4 or v5p together.
         mxu_dim: rows, and columns, of a matrix unit.
+        dma_rows: rows of bfloat16 that a DMA moves at least, and at multiples of.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Chip:
     hbm_bytes_per_s: float
     flops_per_s: float
     mxu_dim: int
+    dma_rows: int = 8
 
     @property
     def vmem_limit_bytes(self) -> int:
@@ -43,7 +45,7 @@ CHIPS = {
         Chip("v5e", ("TPU v5 lite", "TPU v5e"), "v5e:2x2", 128 * _MIB, 819e9, 197e12, 128),
         Chip("v5p", ("TPU v5", "TPU v5p"), "v5p:2x2x1", 64 * _MIB, 2765e9, 459e12, 128),
         Chip("v6e", ("TPU v6 lite", "TPU v6e"), "v6e:2x2", 128 * _MIB, 1640e9, 918e12, 256),
-        Chip("7x", ("TPU7x",), "tpu7x:2x2x1", 64 * _MIB, 3690e9, 1154e12, 256),
+        Chip("7x", ("TPU7x",), "tpu7x:2x2x1", 64 * _MIB, 3690e9, 1154e12, 256, dma_rows=16),
     )
 }
 

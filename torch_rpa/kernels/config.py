@@ -51,7 +51,7 @@ _NUM_SLOTS = 8
 _GROUP_ITEMS = 4
 _ROW_BATCHES = 4
 # Of VMEM for what is declared; the rest is the compiler's own, for values that do not fit into registers.
-_VMEM_SHARE = 0.75
+_VMEM_SHARE = 0.65
 
 
 class HeadLanes(NamedTuple):
@@ -254,7 +254,7 @@ class KernelConfig:
     @property
     def write_tokens(self) -> int:
         """Tokens that a write to the pages moves: one tile of rows."""
-        return 8 if jnp.dtype(self.kv_dtype).itemsize > 1 else self.unit_tokens
+        return min(self.page_size, self.chip.dma_rows) if jnp.dtype(self.kv_dtype).itemsize > 1 else self.unit_tokens
 
     @property
     def new_rows_shape(self) -> tuple[int, ...]:
@@ -365,7 +365,7 @@ def make_config(
 def _fit(config: KernelConfig) -> KernelConfig:
     """The configuration with its blocks halved, those first that cost least, until it fits into VMEM."""
     shares = {
-        "row_batches": 2, "step_rows": 128, "block_rows": 64, "num_slots": 6, "block_pages": 1, "group_items": 2
+        "row_batches": 2, "step_rows": 64, "block_rows": 32, "num_slots": 6, "block_pages": 1, "group_items": 2
     }  # fmt: skip
     given = {"block_rows": config.options.num_queries_per_block, "block_pages": config.options.num_kv_pages_per_block}
     while config.vmem_bytes > config.vmem_limit_bytes * _VMEM_SHARE:

@@ -158,7 +158,7 @@ def _new_tokens(config: KernelConfig, refs: Refs, take, count):
         for rows in (refs.k_rows, refs.v_rows):
             pieces += [take(rows.at[head, part])[:, : config.part_lanes] for part in range(config.lane_parts)]
     if not config.heads_form:
-        return jnp.concatenate([_narrow(x, config.kv_dtype) for x in pieces], axis=1)
+        return _narrow(jnp.concatenate(pieces, axis=1), config.kv_dtype)  # v4 has no masks of 8-bit elements
     for i, piece in enumerate(pieces):  # only float32 may be stored by a stride
         refs.token_rows[pl.ds(i, count, stride=config.token_rows), :] = piece
     return _narrow(refs.token_rows[pl.ds(0, count * config.token_rows), :], config.kv_dtype)
@@ -172,7 +172,12 @@ def _narrow(x, dtype):
 def _merge(config: KernelConfig, new, old, lo, hi):
     """Of the tokens ``lo <= i < hi`` the new ones."""
     row = lax.broadcasted_iota(jnp.int32, (new.shape[0], 1), 0)
-    return jnp.where((row >= lo * config.token_rows) & (row < hi * config.token_rows), new, old)
+    is_new = (row >= lo * config.token_rows) & (row < hi * config.token_rows)
+    if old.dtype.itemsize > 1:
+        return jnp.where(is_new, new, old)
+    # v4 has no masks of 8-bit elements. As integers, so that every code stays what it is.
+    codes = [lax.bitcast_convert_type(x, jnp.int8).astype(jnp.int32) for x in (new, old)]
+    return lax.bitcast_convert_type(jnp.where(is_new, *codes).astype(jnp.int8), old.dtype)
 
 
 def _tokens(config: KernelConfig, refs: Refs, slot, start, count):
