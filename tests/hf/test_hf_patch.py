@@ -345,6 +345,7 @@ def test_all_reasons_are_listed_at_once():
         ({"page_size": 4}, "page_size=4 must be"),
         ({"num_pages": 0}, "num_pages=0 must be None or a positive integer"),
         ({"max_num_seqs": 0}, "max_num_seqs=0 must be a positive integer"),
+        ({"max_seq_len": 0}, "max_seq_len=0 must be None or a positive integer"),
         ({"token_buckets": ()}, r"token_buckets=\(\) must be None or a tuple of positive integers"),
         ({"token_buckets": (8, 8)}, r"token_buckets=\(8, 8\) must rise"),
         ({"token_buckets": (4,)}, "must be at least max_num_seqs=8"),

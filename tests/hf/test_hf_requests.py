@@ -46,6 +46,14 @@ def test_request_past_the_models_positions_is_refused():
         model.generate_batch([[1] * 60], max_new_tokens=6)
 
 
+def test_request_past_max_seq_len_is_refused_and_the_page_table_has_room_for_no_more():
+    model = hf.patch(make_model(max_position_embeddings=256), num_pages=100, page_size=16, max_seq_len=64)
+    assert engine_of(model).runner.pages_per_seq == 4
+    with pytest.raises(ValueError, match=r"are 66 tokens, but max_seq_len is 64"):
+        model.generate_batch([[1] * 60], max_new_tokens=6)
+    assert len(tokens(model.generate_batch([[1] * 60], max_new_tokens=5))[0]) == 5
+
+
 def test_request_that_just_fits_runs(model):
     """80 slots: the last token needs none."""
     assert len(tokens(model.generate_batch([[1] * 70], max_new_tokens=11))[0]) == 11

@@ -79,11 +79,11 @@ def page_bytes(model_config, page_size: int, dtype: torch.dtype) -> int:
 
 def pool_pages(model, config: EngineConfig) -> int:
     """num_pages; or if that is None as many as fit into MEMORY_FRACTION of the device's free memory, at most what
-    max_num_seqs sequences of max_position_embeddings tokens need; or where the device does not say what is free, pages
-    for max_num_seqs sequences of min(max_position_embeddings, 1024) tokens. What was chosen is logged at INFO."""
+    max_num_seqs of the longest sequences need; or where the device does not say what is free, pages for max_num_seqs
+    sequences of 1024 tokens, or of the longest if that is shorter. What was chosen is logged at INFO."""
     if config.num_pages is not None:
         return config.num_pages
-    longest = model.config.max_position_embeddings
+    longest = config.longest(model.config)
     free_bytes = _free_bytes(model.device)
     if free_bytes is None:
         tokens = min(longest, DEFAULT_TOKENS_PER_SEQ)

@@ -24,6 +24,9 @@ class EngineConfig:
     page_size       tokens in a page, a power of two from 8 to 256
     num_pages       pages in the pool shared by all sequences, or None (see `cache.pool_pages`)
     max_num_seqs    sequences that run at the same time
+    max_seq_len     tokens of one sequence, its answer included, that the cache holds at most; None: the model's
+                    max_position_embeddings. The page table has room for as many of each sequence, and stands in
+                    scalar memory on a TPU: name what your requests need if the model allows 128k and they are many
     token_buckets   rising row counts; a step is padded to the smallest that holds it. The first should be at
                     least max_num_seqs, so that pure decoding uses it, and the last bounds a prefill chunk. None:
                     1, 8 and 32 times max_num_seqs on an XLA device; on CPU tensors, where nothing is compiled,
@@ -39,6 +42,7 @@ class EngineConfig:
     page_size: int = 16
     num_pages: int | None = None
     max_num_seqs: int = 8
+    max_seq_len: int | None = None
     token_buckets: tuple[int, ...] | None = None
     kv_dtype: torch.dtype | None = None
     prefix_caching: bool = True
@@ -64,6 +68,8 @@ class EngineConfig:
             problems.append(f"page_size={self.page_size!r} must be a power of two from 8 to 256")
         if self.num_pages is not None and not _is_count(self.num_pages):
             problems.append(f"num_pages={self.num_pages!r} must be None or a positive integer")
+        if self.max_seq_len is not None and not _is_count(self.max_seq_len):
+            problems.append(f"max_seq_len={self.max_seq_len!r} must be None or a positive integer")
         if not _is_count(self.max_num_seqs):
             problems.append(f"max_num_seqs={self.max_num_seqs!r} must be a positive integer")
         return problems
@@ -83,6 +89,10 @@ class EngineConfig:
                 "step holds one token of each decoding sequence"
             ]
         return []
+
+    def longest(self, model_config) -> int:
+        """Tokens of the longest sequence that a model of this config may be asked for."""
+        return min(self.max_seq_len or model_config.max_position_embeddings, model_config.max_position_embeddings)
 
     @property
     def buckets(self) -> tuple[int, ...]:

@@ -70,8 +70,13 @@ class Engine:
         return self.scheduler.has_work
 
     @property
+    def is_warm(self) -> bool:
+        """Whether every program has been compiled by `warm_up`."""
+        return self._compilations_at_warm_up is not None
+
+    @property
     def stats(self) -> EngineStats:
-        compiled, at_warm_up = self.runner.num_compilations, self._compilations_at_warm_up
+        compiled = self.runner.num_compilations
         return EngineStats(
             num_steps=self.num_steps,
             num_running=len(self.scheduler.running),
@@ -83,7 +88,7 @@ class Engine:
             num_free_pages=self.allocator.num_free,
             num_pages=self.allocator.num_pages,
             num_compilations=compiled,
-            compilations_after_warm_up=None if at_warm_up is None else compiled - at_warm_up,
+            compilations_after_warm_up=compiled - self._compilations_at_warm_up if self.is_warm else None,
         )
 
     def warm_up(self, progress_bar: bool = True) -> None:
@@ -111,7 +116,9 @@ class Engine:
                 f"num_pages={self.allocator.num_pages}"
             )
         if total - 1 > self.runner.max_tokens_per_seq:
-            return f"{sizes}, but the model's max_position_embeddings is {self.runner.max_tokens_per_seq}"
+            limits_itself = self.config.max_seq_len == self.runner.max_tokens_per_seq
+            limit = "max_seq_len" if limits_itself else "the model's max_position_embeddings"
+            return f"{sizes}, but {limit} is {self.runner.max_tokens_per_seq}"
         return None
 
     def add(
@@ -188,6 +195,14 @@ class Engine:
     def forget_prefixes(self) -> None:
         """Share no page that was filled up to now: needed after the model's weights have changed."""
         self.allocator.forget_prefixes()
+
+    def end_session(self, *, keep_prefixes: bool = False) -> None:
+        """Leave nothing behind for the next caller but, if asked for, the pages of prefixes. Requests that are left,
+        because something was raised, maybe by Ctrl-C, are dropped with everything else."""
+        if self.has_work:
+            self.reset()
+        elif not keep_prefixes:
+            self.forget_prefixes()
 
     def reset(self) -> None:
         """Drop all requests, free all pages, and let the cache go."""

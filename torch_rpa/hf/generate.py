@@ -61,16 +61,13 @@ def generate_batch(
     params = resolve(model, generation_config, tokenizer, **generation_kwargs)
     with exclusive_engine(model) as engine:
         _check(engine, prompts, params)
-        if warmup and engine.stats.compilations_after_warm_up is None:
+        if warmup and not engine.is_warm:
             engine.warm_up(progress_bar)
         try:
             sequences = [request.add_to(engine) for request in _requests(prompts, params, seed)]
             _run(engine, len(sequences), progress_bar)
         finally:
-            if engine.has_work:  # something was raised, maybe by Ctrl-C
-                engine.reset()
-            elif not persistent_manager:
-                engine.forget_prefixes()
+            engine.end_session(keep_prefixes=persistent_manager)
     return {
         sequence.request_id: output_of(sequence, logprobs=options.return_logprobs, timestamps=record_timestamps)
         for sequence in sequences

@@ -144,8 +144,7 @@ class Manager:
 
     def warmup(self, progress_bar: bool = True) -> None:
         """Compile every program that serving can need, before `start`."""
-        with exclusive_engine(self.model) as engine:
-            engine.warm_up(progress_bar)
+        warmup(self.model, progress_bar)
 
     @property
     def stats(self) -> EngineStats:
@@ -319,10 +318,7 @@ class Manager:
         while self._jobs:
             self._deliver(self._jobs.popitem()[1], error)
         with self._state.lock:
-            if self._engine.has_work:
-                self._engine.reset()
-            elif not self._keep_prefixes:
-                self._engine.forget_prefixes()
+            self._engine.end_session(keep_prefixes=self._keep_prefixes)
             self._state.has_manager = False
         self._outbox.close()
 
@@ -363,7 +359,7 @@ def continuous_batching_context_manager(
     """A running `Manager`, warmed up first, and stopped at the end with `block` and `timeout` as `Manager.stop` takes
     them; persistent_manager keeps the pages of common prefixes."""
     manager = init_continuous_batching(model, generation_config, continuous_batching_config)
-    if warmup and manager.stats.compilations_after_warm_up is None:
+    if warmup and not engine_of(model).is_warm:
         manager.warmup()
     manager.start()
     try:

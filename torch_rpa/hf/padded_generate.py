@@ -99,7 +99,7 @@ def _answer(model: PreTrainedModel, prompts: list[list[int]], params: RequestPar
             for _ in engine.run():
                 pass
         finally:
-            engine.reset() if engine.has_work else engine.forget_prefixes()
+            engine.end_session()
     return [sequence.generated_tokens for sequence in sequences]
 
 

@@ -27,8 +27,8 @@ class ModelRunner:
         self.model = model
         self.config = config
         self.num_pages = pool_pages(model, config)
-        # The table of one sequence: up to the model's limit or the whole pool.
-        self.max_tokens_per_seq = min(model.config.max_position_embeddings, self.num_pages * config.page_size)
+        # The page table of one sequence holds the longest that may be asked for, or the whole pool.
+        self.max_tokens_per_seq = min(config.longest(model.config), self.num_pages * config.page_size)
         self.pages_per_seq = pages_for(self.max_tokens_per_seq, config.page_size)
         self._cache: PagedKVCache | None = None
         self._xla_steps = None
