@@ -249,10 +249,14 @@ def test_lowering_the_ops_starts_no_jax_client(platform, xla):
     [
         (make_batch(), "pages in heads form on TPU need head_dim 128 .* torch_rpa.empty_kv_pages"),
         (make_batch(heads=(2, 1, 80), form="flat"), "to be a multiple of 128, got 160; .* torch_rpa.empty_kv_pages"),
+        (
+            replace(make_batch(form="flat"), page_indices=torch.zeros(9, 2**16, dtype=torch.int32)),
+            r"page_indices \[9, 65536\] takes 2304 KiB of a TPU's scalar memory, .* larger pages, fewer pages_per_seq",
+        ),
     ],
-    ids=["heads_form", "width"],
+    ids=["heads_form", "width", "table"],
 )
-def test_pages_that_a_tpu_cannot_address_are_refused_when_lowered_for_one(batch, reason, xla):
+def test_what_a_tpu_cannot_address_is_refused_when_lowered_for_one(batch, reason, xla):
     with pytest.raises(NotImplementedError, match=reason):
         lower_the_update(batch, "tpu")
     assert lower_the_update(batch, "cpu")

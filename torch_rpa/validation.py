@@ -17,6 +17,8 @@ QUANTIZED_DTYPES = ("float8_e4m3fn", "float8_e5m2", "int8")
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
 MAX_HEAD_DIM = 256
 TPU_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
+# A TPU's scalar memory is 1 MiB on every chip; 16 KiB of it are for the other metadata and the kernel's own scalars.
+TPU_MAX_TABLE_BYTES = 2**20 - 16 * 2**10
 
 
 class ArgSpec(NamedTuple):
@@ -201,12 +203,14 @@ def not_supported_reasons(args: dict[str, ArgSpec], platform: str | None = None)
     if args["q"].dtype == "float16" and kind not in ("cpu", "meta"):
         reasons.append(f"float16 runs on CPU tensors only, not on {kind}; use bfloat16")
     if platform == "tpu":
-        reasons += tpu_reasons(args["q"].shape, args["kv_pages"].shape, args["kv_pages"].dtype)
+        q, pages, table = args["q"], args["kv_pages"], args["page_indices"]
+        reasons += tpu_reasons(q.shape, pages.shape, pages.dtype, table.shape)
     return reasons
 
 
-def tpu_reasons(q_shape, kv_pages_shape, kv_dtype: str) -> list[str]:
-    """Why the TPU kernel cannot take heads or pages of this shape, each with what would work; empty where it can."""
+def tpu_reasons(q_shape, kv_pages_shape, kv_dtype: str, page_indices_shape=(0, 0)) -> list[str]:
+    """Why the TPU kernel cannot take heads, pages or a page table of this shape, each with what would work; empty
+    where it can. Without a table it is about heads and pages alone."""
     reasons, head_dim = [], q_shape[2]
     if head_dim not in TPU_HEAD_DIMS:
         reasons.append(f"head_dim on TPU is one of {', '.join(map(str, TPU_HEAD_DIMS))}, got {head_dim}; pad the heads")
@@ -221,6 +225,12 @@ def tpu_reasons(q_shape, kv_pages_shape, kv_dtype: str) -> list[str]:
         reasons.append(
             f"pages on TPU need 2 * num_kv_heads * head_dim to be a multiple of 128, got {width}; "
             "pad the KV heads and make the pages with torch_rpa.empty_kv_pages"
+        )
+    table_bytes = 4 * page_indices_shape[0] * page_indices_shape[1]
+    if table_bytes > TPU_MAX_TABLE_BYTES:
+        reasons.append(
+            f"page_indices {list(page_indices_shape)} takes {table_bytes // 2**10} KiB of a TPU's scalar memory, "
+            f"of which {TPU_MAX_TABLE_BYTES // 2**10} KiB are free; use larger pages, fewer pages_per_seq or sequences"
         )
     return reasons
 

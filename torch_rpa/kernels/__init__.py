@@ -128,7 +128,8 @@ def _on_device(by_kernel, by_xla, args, interpret, backend):
         return by_kernel(args, interpret)
     if backend == "xla":
         return by_xla(args)
-    reasons = tpu_reasons(args["q"].shape, args["kv_pages"].shape, args["kv_pages"].dtype.name)
+    pages = args["kv_pages"]
+    reasons = tpu_reasons(args["q"].shape, pages.shape, pages.dtype.name, args["page_indices"].shape)
     if reasons:
         args = args | {"q": refuse_on_tpu(args["q"], "torch_rpa cannot run this call: " + "; ".join(reasons))}
         return by_xla(args)
