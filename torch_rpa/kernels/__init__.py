@@ -55,7 +55,7 @@ def ragged_paged_attention_with_lse(
         ValueError, TypeError: an argument that is not as above.
         NotImplementedError: what the device cannot do; for TPU some of it when the call is lowered.
     """
-    args = {"q": q, "kv_pages": kv_pages, **_metadata(kv_lens, page_indices, cu_q_lens, num_seqs), "sinks": sinks}
+    args = _args(kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sinks, q=q)
     return _attend(args, options, interpret, backend, chip, with_lse=True)
 
 
@@ -75,7 +75,7 @@ def ragged_paged_attention(
     **options,
 ):
     """``ragged_paged_attention_with_lse`` without the lse: the same arguments, returns out."""
-    args = {"q": q, "kv_pages": kv_pages, **_metadata(kv_lens, page_indices, cu_q_lens, num_seqs), "sinks": sinks}
+    args = _args(kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sinks, q=q)
     return _attend(args, options, interpret, backend, chip, with_lse=False)[0]
 
 
@@ -91,8 +91,7 @@ def ragged_paged_attention_update(
     Returns:
         out, as q, and new_kv_pages, as kv_pages.
     """
-    metadata = _metadata(kv_lens, page_indices, cu_q_lens, num_seqs)
-    args = {"q": q, "k": k, "v": v, "kv_pages": kv_pages, **metadata, "sinks": sinks}
+    args = _args(kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sinks, q=q, k=k, v=v)
     args, options = _prepare(args, options)
 
     def by_kernel(args, interpret=False):
@@ -136,8 +135,10 @@ def _on_device(by_kernel, by_xla, args, interpret, backend):
     return jax.lax.platform_dependent(args, tpu=by_kernel, default=by_xla)
 
 
-def _metadata(kv_lens, page_indices, cu_q_lens, num_seqs):
-    return {"kv_lens": kv_lens, "page_indices": page_indices, "cu_q_lens": cu_q_lens, "num_seqs": num_seqs}
+def _args(kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sinks, **rows):
+    """The arrays of a call by name; ``rows`` are those with a row for each token."""
+    metadata = {"kv_lens": kv_lens, "page_indices": page_indices, "cu_q_lens": cu_q_lens, "num_seqs": num_seqs}
+    return {**rows, "kv_pages": kv_pages, **metadata, "sinks": sinks}
 
 
 def _prepare(args, options):

@@ -79,7 +79,6 @@ def _receive(config: KernelConfig, refs: Refs, fetch, item: Item, slot, is_item)
 def _attend_set(config: KernelConfig, refs: Refs, item: Item, span: Span, head_set):
     """A set of heads: each step of rows that sees a key; masked only if some row of it does not see some key."""
     first_key, last_key = span.first_key, span.first_key + config.span_blocks * config.block_keys - 1
-    first_block = span._replace(slots=span.slots[:1])
 
     def attend_step(step, _):
         rows = _rows_of_step(config, item, step)
@@ -89,13 +88,14 @@ def _attend_set(config: KernelConfig, refs: Refs, item: Item, span: Span, head_s
         sees_all &= (first_key >= span.start) & (last_key < span.end)
         is_edge = (sees_some | item.is_first) & ~sees_all  # the first span leaves a state, whatever it sees
         pl.when(sees_all)(lambda: _attend_rows(config, refs, item, rows, span, head_set, is_edge=False))
-        if config.span_blocks == 1:
-            pl.when(is_edge)(lambda: _attend_rows(config, refs, item, rows, span, head_set, is_edge=True))
-            return
         # Blocks that no row sees would add zeros: leaving them out changes no bit.
         is_short = jnp.minimum(end, span.end) <= first_key + config.block_keys
-        for keys, applies in ((span, is_edge & ~is_short), (first_block, is_edge & is_short)):
-            pl.when(applies)(lambda keys=keys: _attend_rows(config, refs, item, rows, keys, head_set, is_edge=True))
+        variants = {len(span.slots): ~is_short, 1: is_short} if config.span_blocks > 1 else {1: True}
+        for num_blocks, applies in variants.items():
+            keys = span._replace(slots=span.slots[:num_blocks])
+            pl.when(is_edge & applies)(
+                lambda keys=keys: _attend_rows(config, refs, item, rows, keys, head_set, is_edge=True)
+            )
 
     lax.fori_loop(0, schedule.blocks_of(item.num_rows * config.group, config.step_rows), attend_step, None)
 
