@@ -24,10 +24,10 @@ import torch_xla.experimental.custom_kernel
 import torch_xla.experimental.pallas_kernels.ragged_paged_attention_v2
 
 import torch_rpa
-from torch_rpa import kernels
+from torch_rpa import kernels, workloads
 
 TOKENS, SEQS, PAGES_PER_SEQ, PAGES, PAGE_SIZE = 64, 16, 32, 512, 16
-HEADS = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128}
+HEADS = workloads.MODELS["llama-3-8b"].heads
 TARGET_US = 60
 
 real_jit = jax.jit
@@ -35,7 +35,7 @@ real_jit = jax.jit
 
 def make_inputs(device):
     """q, k, v, kv_pages and metadata of a decode batch on the device."""
-    num_q_heads, num_kv_heads, head_dim = HEADS.values()
+    num_q_heads, num_kv_heads, head_dim = HEADS
     q = torch.zeros(TOKENS, num_q_heads, head_dim, dtype=torch.bfloat16).to(device)
     k = torch.zeros(TOKENS, num_kv_heads, head_dim, dtype=torch.bfloat16).to(device)
     pages = torch_rpa.empty_kv_pages(PAGES, PAGE_SIZE, num_kv_heads, head_dim, dtype=torch.bfloat16, device=device)
@@ -92,7 +92,7 @@ def main():
     torch.set_grad_enabled(False)
     device = torch_xla.device()
     q, k, pages, metadata = make_inputs(device)
-    scale = HEADS["head_dim"] ** -0.5
+    scale = HEADS[2] ** -0.5
     jax_function = functools.partial(kernels.ragged_paged_attention, sm_scale=scale)
     ops = torch.ops.rpa
     calls = {

@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import torch_rpa  # noqa: F401  registers the ops
+from torch_rpa import workloads
 
-HEADS = {"llama-3-8b": (32, 8, 128), "smollm2-135m": (9, 3, 64)}
+MODELS = ("llama-3-8b", "smollm2-135m")
 PAGE_SIZE = 16
 COLD_BYTES = 300 * 2**20
 
@@ -190,7 +191,7 @@ def print_row(label, best):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=["decode", "prefill", "mixed"])
-    parser.add_argument("--heads", nargs="+", default=list(HEADS), choices=HEADS)
+    parser.add_argument("--heads", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--flex", action="store_true", help="FlexAttention too, in decode (compiling takes a minute)")
@@ -207,7 +208,7 @@ def main():
     print(f"| {'':46} | native ms |   padded |     loop |   stream |     flex |\n|---|---:|---:|---:|---:|---:|")
     with tqdm(total=len(chosen) * args.repeats * len(WAYS), leave=False) as progress:
         for name, seqs, heads, dtype in chosen:
-            batch = Batch(seqs, HEADS[heads], getattr(torch, dtype))
+            batch = Batch(seqs, workloads.MODELS[heads].heads, getattr(torch, dtype))
             best = measure(ways_of(batch, args.flex), args.repeats, progress)
             print_row(f"{heads} {dtype} {name}", best)
 

@@ -16,8 +16,9 @@ import torch
 import torch_xla
 
 import torch_rpa
+from torch_rpa import workloads
 
-HEADS = (9, 3, 64)
+HEADS = workloads.MODELS["smollm2-135m"].heads
 SEQS, PAGE_SIZE = 8, 16
 
 

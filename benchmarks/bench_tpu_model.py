@@ -102,12 +102,10 @@ def our_scalars(case: OpCase, batch) -> list:
 
 
 def cell(case: OpCase, batch, microseconds: float) -> str:
-    chip, seconds = CHIPS[case.chip], microseconds * 1e-6
+    kv_itemsize = 2 if case.kv_dtype in (None, "bfloat16") else 1
+    share = workloads.share_of_peak(batch, case.heads, microseconds * 1e-6, CHIPS[case.chip], kv_itemsize)
     if workloads.decodes_only(batch):
-        kv_itemsize = 2 if case.kv_dtype in (None, "bfloat16") else 1
-        share = workloads.useful_bytes(batch, case.heads, kv_itemsize) / seconds / chip.hbm_bytes_per_s
         return f"{microseconds:.0f} ({share:.2f})"
-    share = workloads.useful_flops(batch, case.heads) / seconds / chip.flops_per_s
     return f"{microseconds:.1f} (/{share:.2f})"
 
 

@@ -110,11 +110,8 @@ def table(setup: Setup, times: dict[str, float], chip: str | None) -> str:
 
 
 def _share(setup: Setup, batch, microseconds: float, chip: str) -> str:
-    if workloads.decodes_only(batch):
-        per_second = workloads.useful_bytes(batch, setup.heads) / microseconds * 1e6
-        return f"{per_second / CHIPS[chip].hbm_bytes_per_s:.2f}"
-    per_second = workloads.useful_flops(batch, setup.heads) / microseconds * 1e6
-    return f"/{per_second / CHIPS[chip].flops_per_s:.2f}"
+    share = workloads.share_of_peak(batch, setup.heads, microseconds * 1e-6, CHIPS[chip])
+    return f"{share:.2f}" if workloads.decodes_only(batch) else f"/{share:.2f}"
 
 
 def main():

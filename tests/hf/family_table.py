@@ -3,55 +3,23 @@
 `python tests/hf/family_table.py` writes it between the markers in README.md.
 """
 
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import torch
 from tiny_models import FAMILIES, make_model
-from transformers import AttentionInterface
 
+from torch_rpa.hf import layers
 from torch_rpa.hf.cache import kv_source_layers
+from torch_rpa.hf.layers import AttentionCall
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- families: `make family-table` writes this -->\n", "<!-- families end -->\n"
-_RECORDER = "torch_rpa_test_recorder"
-
-
-@dataclass(frozen=True)
-class AttentionCall:
-    """What one layer asked its attention for."""
-
-    num_q_heads: int
-    num_kv_heads: int
-    head_dim: int
-    scaling: float
-    sliding_window: int | None
-    softcap: float | None
-    sinks: bool
-
-    @property
-    def has_own_scaling(self) -> bool:
-        return abs(self.scaling - self.head_dim**-0.5) > 1e-6
 
 
 @cache
 def attention_calls(family: str) -> list[AttentionCall]:
-    """One for each layer of the family's tiny model, from a forward of the plain model."""
-    calls = []
-
-    def record(module, query, key, value, attention_mask, scaling, sliding_window=None, softcap=None, s_aux=None, **_):
-        _, num_q_heads, num_tokens, head_dim = query.shape
-        calls.append(
-            AttentionCall(num_q_heads, key.shape[1], head_dim, scaling, sliding_window, softcap, s_aux is not None)
-        )
-        return query.new_zeros(1, num_tokens, num_q_heads, head_dim), None
-
-    AttentionInterface.register(_RECORDER, record)
-    model = make_model(family)
-    model.set_attn_implementation(_RECORDER)
-    model(torch.tensor([[1, 2, 3]]), use_cache=False)
-    return calls
+    """One for each layer of the family's tiny model."""
+    return layers.attention_calls(make_model(family))
 
 
 def options_that_matter(family: str) -> list[str]:

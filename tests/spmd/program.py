@@ -68,7 +68,7 @@ def compile_for(topology_name, path):
     names = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
     return {
         "collectives": re.findall(rf" ({names})(?:-start)?\(", text),
-        "copies": re.findall(r"= (?!s32)(\w+\[[\d,]*\])\S* (?:copy|transpose)\(", text),
+        "copies": aot.hbm_copies(text),
         "kernels": len(re.findall(r'custom_call_target="tpu_custom_call"', text)),
         "alias_bytes": memory.alias_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,

@@ -56,15 +56,12 @@ PAGED_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 def require_supported_model(model: PreTrainedModel, config: EngineConfig) -> None:
     """Raise NotImplementedError, with every reason, for a model that cannot run with `config`."""
-    reasons = [
-        *_class_reasons(type(model)),
-        *_config_reasons(model.config),
-        *_dtype_reasons(model, config),
-        *_weight_reasons(model),
-    ]
-    if _is_supported_class(type(model)):
-        reasons += _head_dim_reasons(model.config)
-    _refuse(type(model), reasons)
+    _refuse(type(model), [*_model_reasons(model), *_dtype_reasons(model, config), *_weight_reasons(model)])
+
+
+def require_supported_architecture(model: PreTrainedModel) -> None:
+    """Raise NotImplementedError, with every reason, for a model that cannot run whatever its weights and settings."""
+    _refuse(type(model), _model_reasons(model))
 
 
 def require_supported_class(model_class: type[PreTrainedModel]) -> None:
@@ -78,6 +75,11 @@ def _refuse(model_class: type, reasons: list[str]) -> None:
         reasons = [*reasons, f"supported are {', '.join(SUPPORTED_CLASSES)}"]
     if reasons:
         raise NotImplementedError(f"torch_rpa.hf.patch: {model_class.__name__}: {'; '.join(reasons)}")
+
+
+def _model_reasons(model: PreTrainedModel) -> list[str]:
+    of_heads = _head_dim_reasons(model.config) if _is_supported_class(type(model)) else []
+    return [*_class_reasons(type(model)), *_config_reasons(model.config), *of_heads]
 
 
 def _class_reasons(model_class: type[PreTrainedModel]) -> list[str]:

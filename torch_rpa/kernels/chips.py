@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-_MIB = 2**20
+_MIB, _GIB = 2**20, 2**30
+SMEM_BYTES = 1 * _MIB  # scalar memory of one core, of every chip here
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,7 @@ class Chip:
         device_kinds: what PJRT calls its devices.
         topology: the smallest that libtpu compiles for without a TPU, in its own spelling.
         vmem_bytes: vector memory of one core.
+        hbm_bytes: memory.
         hbm_bytes_per_s, flops_per_s: published peaks, of bfloat16 products; of the two cores of a v4 or v5p together.
         mxu_dim: rows, and columns, of a matrix unit.
         dma_rows: rows of bfloat16 that a DMA moves at least, and at multiples of.
@@ -23,6 +25,7 @@ class Chip:
     device_kinds: tuple[str, ...]
     topology: str
     vmem_bytes: int
+    hbm_bytes: int
     hbm_bytes_per_s: float
     flops_per_s: float
     mxu_dim: int
@@ -37,20 +40,20 @@ class Chip:
 # More would be of no use to the kernel, and XLA keeps what it can of a model's activations in the rest.
 _MOST_VMEM_BYTES = 64 * _MIB
 
-# Sources: jax's pallas/mosaic/tpu_info.py (VMEM, matrix units, names), cloud.google.com/tpu/docs (peaks).
+# Sources: jax's pallas/mosaic/tpu_info.py (VMEM, matrix units, names), cloud.google.com/tpu/docs (peaks, HBM).
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", ("TPU v4",), "v4:2x2x1", 16 * _MIB, 1228e9, 275e12, 128),
-        Chip("v5e", ("TPU v5 lite", "TPU v5e"), "v5e:2x2", 128 * _MIB, 819e9, 197e12, 128),
-        Chip("v5p", ("TPU v5", "TPU v5p"), "v5p:2x2x1", 64 * _MIB, 2765e9, 459e12, 128),
-        Chip("v6e", ("TPU v6 lite", "TPU v6e"), "v6e:2x2", 128 * _MIB, 1640e9, 918e12, 256),
-        Chip("7x", ("TPU7x",), "tpu7x:2x2x1", 64 * _MIB, 3690e9, 1154e12, 256, dma_rows=16),
+        Chip("v4", ("TPU v4",), "v4:2x2x1", 16 * _MIB, 32 * _GIB, 1228e9, 275e12, 128),
+        Chip("v5e", ("TPU v5 lite", "TPU v5e"), "v5e:2x2", 128 * _MIB, 16 * _GIB, 819e9, 197e12, 128),
+        Chip("v5p", ("TPU v5", "TPU v5p"), "v5p:2x2x1", 64 * _MIB, 95 * _GIB, 2765e9, 459e12, 128),
+        Chip("v6e", ("TPU v6 lite", "TPU v6e"), "v6e:2x2", 128 * _MIB, 32 * _GIB, 1640e9, 918e12, 256),
+        Chip("7x", ("TPU7x",), "tpu7x:2x2x1", 64 * _MIB, 96 * _GIB, 3690e9, 1154e12, 256, dma_rows=16),
     )
 }
 
 # Where nobody says which chip it is: any but v4.
-_UNNAMED = Chip("any", (), "", 64 * _MIB, 819e9, 197e12, 128)
+_UNNAMED = Chip("any", (), "", 64 * _MIB, 16 * _GIB, 819e9, 197e12, 128)
 
 
 def named(name: str | None) -> Chip:

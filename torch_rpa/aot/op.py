@@ -1,6 +1,4 @@
-"""Compile the ops for a named TPU without having one: libtpu does so on any Linux host.
-
-    report = compile_report(OpCase(chip="v6e", heads=(32, 8, 128), page_size=16, update=True))
+"""Compile the ops for a named TPU without having one.
 
 JAX and libtpu read the environment when they start, so ``compile_report`` works in a process of its own. In a process
 that was started with ``environment()``, ``compile_op`` gives the compiled program itself. Pure JAX, no torch.
@@ -16,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
 _MODEL_DIM = 1024  # of the projections around the op; it changes nothing in the kernel
-# A copy or a transpose of anything but int32 metadata. ``copy-start`` moves an array between memories as it is.
+# ``copy-start`` is none: it moves an array between memories as it is.
 _COPY = re.compile(r"= (?!s32)(\w+\[[\d,]*\])\S* (?:copy|transpose)\(")
 _KERNEL_CALL = re.compile(r'^.*custom_call_target="tpu_custom_call".*$', re.MULTILINE)
 _USED_VMEM = re.compile(r'used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"')
@@ -82,6 +80,9 @@ class Report(NamedTuple):
         alias_bytes: bytes of results that take the place of arguments: all pages where they are updated in place.
         temp_bytes: bytes of HBM for intermediate results, between projections.
         page_bytes: bytes of the pages.
+        smem_bytes: scalar memory that the metadata takes.
+        block_keys: tokens of a sequence that the kernel fetches at once, ``num_kv_pages_per_block`` pages.
+        block_rows: rows of q that it stages at once, ``num_queries_per_block``.
     """
 
     error: str | None
@@ -91,6 +92,9 @@ class Report(NamedTuple):
     alias_bytes: int = 0
     temp_bytes: int = 0
     page_bytes: int = 0
+    smem_bytes: int = 0
+    block_keys: int = 0
+    block_rows: int = 0
 
 
 def environment(dump_to=None) -> dict[str, str]:
@@ -143,17 +147,39 @@ def report(case: OpCase) -> Report:
     start = time.perf_counter()
     compiled = compile_op(case)
     seconds = time.perf_counter() - start
-    text, memory = compiled.as_text(), compiled.memory_analysis()
+    text, memory, config = compiled.as_text(), compiled.memory_analysis(), kernel_config(case)
     (kernel_call,) = _KERNEL_CALL.findall(text)
     return Report(
         error=None,
         seconds=round(seconds, 1),
         vmem_bytes=int(_USED_VMEM.search(kernel_call)[1]),
-        copies=tuple(_COPY.findall(text)),
+        copies=hbm_copies(text),
         alias_bytes=memory.alias_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
         page_bytes=int(np.prod(case.pages_shape)) * jnp.dtype(case.kv_dtype or case.dtype).itemsize,
+        smem_bytes=config.smem_bytes,
+        block_keys=config.block_keys,
+        block_rows=config.block_rows,
     )
+
+
+def hbm_copies(text: str) -> tuple[str, ...]:
+    """Shapes of all arrays that a compiled program copies or transposes in HBM, int32 metadata left out."""
+    return tuple(_COPY.findall(text))
+
+
+def kernel_config(case: OpCase):
+    """The kernel's configuration for a case: a ``torch_rpa.kernels.config.KernelConfig``."""
+    import jax
+
+    from torch_rpa.kernels.config import make_config
+    from torch_rpa.options import AttentionOptions
+
+    pages, *_ = _specs(case, [])
+    q = jax.ShapeDtypeStruct((case.num_tokens, case.heads[0], case.heads[2]), case.dtype)
+    table = jax.ShapeDtypeStruct((case.max_num_seqs, case.context // case.page_size), "int32")
+    parts = {"with_lse": False, "with_sinks": case.sinks, "with_update": case.update}
+    return make_config(q, pages, table, AttentionOptions(**_options(case)), chip=case.chip, **parts)
 
 
 def compile_op(case: OpCase):
@@ -229,10 +255,14 @@ def _call(case: OpCase, q, k, v, pages, kv_lens, page_indices, cu_q_lens, num_se
     from torch_rpa import kernels
 
     metadata = kv_lens, page_indices, cu_q_lens, num_seqs
-    options = {"sm_scale": case.heads[2] ** -0.5, "sinks": sinks, "chip": case.chip, **case.options}
+    options = {"sinks": sinks, "chip": case.chip, **_options(case)}
     if case.update:
         return kernels.ragged_paged_attention_update(q, k, v, pages, *metadata, **options)
     return (kernels.ragged_paged_attention(q, pages, *metadata, **options),)
+
+
+def _options(case: OpCase) -> dict:
+    return {"sm_scale": case.heads[2] ** -0.5, **case.options}
 
 
 def _reason(result: subprocess.CompletedProcess) -> str:

@@ -1,0 +1,174 @@
+"""`python -m torch_rpa.aot`: what a model takes of a chip, and what libtpu makes of its attention."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from torch_rpa import workloads
+from torch_rpa.aot import OpCase, Report, __main__, models
+from torch_rpa.aot import answer as answers
+from torch_rpa.aot.plan import Plan
+from torch_rpa.kernels import chips
+
+GOOD = Report(None, 7.0, vmem_bytes=30 * 2**20, smem_bytes=2**14, block_keys=256, block_rows=128)
+LLAMA = ["--chip", "v6e", "--model", "llama-3-8b"]
+
+
+def run(monkeypatch, *argv, error=None, copies=()):
+    """The exit code of the command with a compiler that always says the same."""
+
+    def compile_(case: OpCase) -> Report:
+        if error:
+            return Report(error, 1.0)
+        page_bytes = 2 * case.pages_shape[0]
+        return GOOD._replace(copies=copies, page_bytes=page_bytes, alias_bytes=page_bytes * case.update)
+
+    monkeypatch.setattr(answers, "compile_report", compile_)
+    return __main__.main([*map(str, argv)])
+
+
+def rows(text):
+    """{first column: the others} of the printed tables."""
+    lines = [line.split("  ") for line in text.splitlines() if "  " in line]
+    return {line[0]: [cell.strip() for cell in line[1:] if cell.strip()] for line in lines}
+
+
+def test_a_model_that_fits_is_a_table_and_exit_code_0(monkeypatch, capsys):
+    assert run(monkeypatch, *LLAMA) == 0
+    found = rows(capsys.readouterr().out)
+    assert found["weights"] == ["14.96 GiB"]
+    assert found["cache"] == ["128 KiB a token"]
+    assert found["op"] == ["read", "update"]
+    assert found["layers"] == ["-", "32"]
+    assert found["VMEM"] == ["30 of 128 MiB"] * 2
+    assert found["SMEM"] == ["16 KiB of 1 MiB"] * 2
+    assert found["copies"] == ["none"] * 2
+    assert found["pages in place"] == ["-", "yes"]
+
+
+def test_json_has_the_same_facts(monkeypatch, capsys):
+    assert run(monkeypatch, *LLAMA, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["problems"] == []
+    assert found["memory"]["hbm_bytes"] == 32 * 2**30
+    assert found["memory"]["token_bytes"] == 32 * 2 * 8 * 128 * 2
+    assert [op["name"] for op in found["ops"]] == ["read", "update"]
+    assert found["ops"][1]["report"]["vmem_bytes"] == GOOD.vmem_bytes
+
+
+def test_layers_with_and_without_a_window_are_ops_of_their_own(monkeypatch, capsys):
+    assert run(monkeypatch, "--chip", "v6e", "--model", "gemma-2-9b") == 0
+    found = rows(capsys.readouterr().out)
+    assert found["op"] == ["read, window 4096", "update, window 4096", "read", "update"]
+    assert found["layers"] == ["-", "21", "-", "21"]
+
+
+def test_heads_alone_say_how_many_tokens_fit_without_weights(monkeypatch, capsys):
+    assert run(monkeypatch, "--chip", "v5e", "--heads", "32/8/128", "--layers", 2) == 0
+    found = rows(capsys.readouterr().out)
+    assert found["weights"] == ["-"]
+    assert found["cache"] == ["8 KiB a token"]
+
+
+def test_each_chip_has_its_share_of_heads_weights_and_cache(monkeypatch, capsys):
+    assert run(monkeypatch, *LLAMA, "--num-chips", 4) == 0
+    found = rows(capsys.readouterr().out)
+    assert found["weights"] == ["3.74 GiB"]
+    assert found["cache"] == ["32 KiB a token"]
+    assert Plan("v6e", models.of_heads((32, 8, 128), 1), num_chips=16).ops()[0].case.heads == (2, 1, 128)
+
+
+@pytest.mark.parametrize(
+    ("argv", "option"),
+    [
+        (["--chip", "v5e", "--model", "llama-3-8b"], "--num-chips"),  # its weights fill the chip
+        (["--num-chips", 3], "--num-chips"),
+        (["--page-size", 8, "--max-context", 8192, "--max-seqs", 512], "--max-context"),  # page table in SMEM
+        (["--page-size", 48], "--page-size"),
+        (["--max-tokens", 16], "--max-tokens"),
+        (["--max-context", 9000], "--max-context"),
+    ],
+)
+def test_what_does_not_fit_names_the_option_to_change_and_exits_with_1(monkeypatch, capsys, argv, option):
+    assert run(monkeypatch, *LLAMA, *argv) == 1
+    (error,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("error: ")]
+    assert option in error
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        ("XlaRuntimeError: INVALID_ARGUMENT: Invalid TPU external name: TPU7x", "libtpu"),
+        ("XlaRuntimeError: RESOURCE_EXHAUSTED: would exceed memory :: #allocation16 [space=smem]", "--max-context"),
+        ("XlaRuntimeError: RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem", "--page-size"),
+        ("XlaRuntimeError: RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm", "--num-chips"),
+        ("NotImplementedError: head_dim on TPU is one of 64", "head_dim"),
+    ],
+)
+def test_an_op_that_does_not_compile_says_why_in_one_line_and_exits_with_1(monkeypatch, capsys, error, advice):
+    assert run(monkeypatch, *LLAMA, error=error) == 1
+    out = capsys.readouterr().out
+    assert rows(out)["compiles"] == ["no", "no"]
+    errors = [line for line in out.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2
+    assert all(error in line and advice in line for line in errors)
+
+
+def test_a_copy_in_the_program_is_an_error(monkeypatch, capsys):
+    assert run(monkeypatch, *LLAMA, copies=("bf16[512,4096]",)) == 1
+    assert "error: read: copies of bf16[512,4096]" in capsys.readouterr().out
+
+
+def test_a_model_that_patch_refuses_is_refused_by_name(monkeypatch, capsys, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "falcon", "num_hidden_layers": 1}')
+    assert run(monkeypatch, "--chip", "v6e", "--model", tmp_path) == 1
+    assert "FalconForCausalLM" in capsys.readouterr().err
+
+
+def test_a_model_that_is_no_folder_and_no_name_is_an_error(monkeypatch, capsys):
+    assert run(monkeypatch, "--chip", "v6e", "--model", "nowhere") == 1
+    assert "--model must be a folder with a config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--heads", "32"], ["--heads", "32/8/0"], ["--model", "x", "--max-seqs", "-1"]])
+def test_arguments_that_make_no_sense_are_refused(capsys, argv):
+    with pytest.raises(SystemExit):
+        __main__.parse_args(["--chip", "v6e", *argv])
+    assert argv[-2] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", workloads.MODELS)
+def test_the_named_models_have_the_heads_and_options_of_their_configs(name):
+    known = workloads.MODELS[name]
+    plan = Plan("v6e", models.of_name(name), num_chips=known.num_chips)
+    assert {op.case.heads for op in plan.ops()} == {known.heads}
+    assert {op.case.sinks for op in plan.ops()} == {known.sinks}
+    of_layers = [{k: v for k, v in op.case.options.items() if k != "sm_scale"} for op in plan.ops()]
+    assert known.options in of_layers
+    others = {k: v for k, v in known.options.items() if k != "sliding_window"}
+    assert all(options in (known.options, others) for options in of_layers)
+
+
+def test_a_layer_that_reads_another_ones_pages_needs_no_update_and_no_cache_of_its_own():
+    owner, reader = (models.LayerKind((8, 2, 64), writes=writes) for writes in (True, False))
+    plan = Plan("v6e", models.ModelFacts("shares", {owner: 3, reader: 2}))
+    assert plan.token_bytes == 3 * 2 * 2 * 64 * 2
+    assert [(op.name, op.num_layers) for op in plan.ops()] == [("read", 0), ("update", 3), ("read (2)", 2)]
+
+
+def test_every_chip_has_memory_for_a_model_of_its_size():
+    assert all(chip.vmem_bytes < chip.hbm_bytes < 2**37 for chip in chips.CHIPS.values())
+
+
+@pytest.mark.slow
+def test_the_command_compiles_a_real_op():
+    pytest.importorskip("libtpu")
+    command = [sys.executable, "-m", "torch_rpa.aot", "--chip", "v5e", "--model", "smollm2-135m", "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["problems"] == []
+    assert all(0 < op["report"]["vmem_bytes"] < 128 * 2**20 for op in found["ops"])
+    assert "op" in result.stderr, "progress stands on stderr"

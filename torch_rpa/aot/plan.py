@@ -1,0 +1,157 @@
+"""What somebody means to serve on which chips, what memory that takes, and what has to be compiled to know the rest."""
+
+from dataclasses import dataclass
+
+from torch_rpa.aot.models import LayerKind, ModelFacts
+from torch_rpa.aot.op import OpCase
+from torch_rpa.kernels import chips
+from torch_rpa.validation import PAGE_SIZES
+
+KV_ITEMSIZES = {"bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1}
+DTYPE = "bfloat16"  # of weights and queries
+CACHE_SHARE = 0.8  # of what the weights leave: the engine takes as much, and keeps the rest for a step's activations
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model on ``num_chips`` chips, its heads shared out over them, and the sizes of its steps.
+
+    Attributes:
+        chip: a name in ``torch_rpa.kernels.chips.CHIPS``.
+        max_tokens: rows of a step.
+        max_seqs: sequences at a time.
+        max_context: tokens of one sequence.
+        kv_dtype: of the cache, a key of ``KV_ITEMSIZES``.
+    """
+
+    chip: str
+    model: ModelFacts
+    page_size: int = 128
+    max_tokens: int = 512
+    max_seqs: int = 64
+    max_context: int = 8192
+    kv_dtype: str = DTYPE
+    num_chips: int = 1
+
+    def problems(self) -> list[str]:
+        """What can be said to fail without compiling, each with the option to change; empty if nothing can."""
+        return [*self._heads_problems(), *self._size_problems()] or self._smem_problems()
+
+    def hbm_problem(self) -> str | None:
+        """Why there is no room for one sequence in HBM, with the options to change; None if there is."""
+        if self.cache_tokens >= self.max_context:
+            return None
+        hbm, weights = chips.CHIPS[self.chip].hbm_bytes, self.weight_bytes or 0
+        return (
+            f"HBM: beside weights of {weights / 2**30:.1f} GiB a {self.chip} of {hbm / 2**30:.0f} GiB has room for "
+            f"{self.cache_tokens} tokens, less than one sequence: raise --num-chips, or lower --max-context"
+        )
+
+    @property
+    def pages_per_seq(self) -> int:
+        return -(-self.max_context // self.page_size)
+
+    @property
+    def weight_bytes(self) -> int | None:
+        """Of one chip, the model's weights in bfloat16 shared out evenly; None where they are not known."""
+        count = self.model.num_parameters
+        return None if count is None else 2 * count // self.num_chips
+
+    @property
+    def token_bytes(self) -> int:
+        """Of one chip's cache, for one token in all layers."""
+        layers = ((*self.heads_of_one_chip(kind), count) for kind, count in self.model.layers.items() if kind.writes)
+        return KV_ITEMSIZES[self.kv_dtype] * sum(2 * heads * dim * count for _, heads, dim, count in layers)
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens whose keys and values fit beside the weights: whole pages in ``CACHE_SHARE`` of what is left."""
+        left = chips.CHIPS[self.chip].hbm_bytes - (self.weight_bytes or 0)
+        return max(0, int(left * CACHE_SHARE) // (self.token_bytes * self.page_size)) * self.page_size
+
+    def heads_of_one_chip(self, kind: LayerKind) -> tuple[int, int, int]:
+        """(num_q_heads, num_kv_heads, head_dim) that one chip computes; with more chips than KV heads each has one."""
+        num_q_heads, num_kv_heads, head_dim = kind.heads
+        return num_q_heads // self.num_chips, max(1, num_kv_heads // self.num_chips), head_dim
+
+    def ops(self) -> list["PlannedOp"]:
+        """What to compile: both ops for each kind of layer, only the reading one where a layer writes nothing."""
+        found = []
+        for kind, count in self.model.layers.items():
+            for update in (False, True) if kind.writes else (False,):
+                name = ("update" if update else "read") + (f", window {kind.window}" if kind.window else "")
+                name = _unlike(name, [op.name for op in found])
+                found.append(PlannedOp(name, self._case(kind, update), count if update == kind.writes else 0))
+        return found
+
+    def _case(self, kind: LayerKind, update: bool) -> OpCase:
+        scales = {"k_scale": 0.1, "v_scale": 0.1} if self.kv_dtype == "int8" else {}
+        # One layer's pages: as many as the page table has room for, but those of one layer fit easily.
+        num_pages = max(
+            self.pages_per_seq, min(self.max_seqs * self.pages_per_seq, self.cache_tokens // self.page_size)
+        )
+        return OpCase(
+            chip=self.chip,
+            heads=self.heads_of_one_chip(kind),
+            page_size=self.page_size,
+            dtype=DTYPE,
+            kv_dtype=self.kv_dtype,
+            update=update,
+            sinks=kind.sinks,
+            num_tokens=self.max_tokens,
+            max_num_seqs=self.max_seqs,
+            context=self.pages_per_seq * self.page_size,
+            num_pages=num_pages,
+            options=dict(kind.options) | scales,
+        )
+
+    def _heads_problems(self) -> list[str]:
+        found = []
+        for num_q_heads, num_kv_heads in dict.fromkeys(kind.heads[:2] for kind in self.model.layers):
+            if num_q_heads % num_kv_heads:
+                found.append(f"{num_q_heads} query heads are no multiple of {num_kv_heads} KV heads: change --heads")
+            elif num_q_heads % self.num_chips:
+                found.append(f"{num_q_heads} query heads cannot be shared evenly: change --num-chips {self.num_chips}")
+            elif num_kv_heads % self.num_chips and self.num_chips % num_kv_heads:
+                found.append(
+                    f"of {num_kv_heads} KV heads and --num-chips {self.num_chips} one must be a multiple of the other: "
+                    "change --num-chips"
+                )
+        return found
+
+    def _size_problems(self) -> list[str]:
+        found = []
+        if self.page_size not in PAGE_SIZES:
+            found.append(f"--page-size must be one of {', '.join(map(str, PAGE_SIZES))}, got {self.page_size}")
+        if self.max_seqs > self.max_tokens:
+            found.append(
+                f"a step of {self.max_tokens} tokens has no row for each of {self.max_seqs} sequences: raise "
+                "--max-tokens, or lower --max-seqs"
+            )
+        longest = self.model.longest
+        if longest is not None and self.max_context > longest:
+            found.append(f"the model has positions for {longest} tokens only: lower --max-context {self.max_context}")
+        return found
+
+    def _smem_problems(self) -> list[str]:
+        table = 4 * self.max_seqs * self.pages_per_seq
+        if table < chips.SMEM_BYTES:
+            return []
+        return [
+            f"SMEM: a page table for {self.max_seqs} sequences of {self.pages_per_seq} pages takes {table / 2**20:.1f} "
+            f"of {chips.SMEM_BYTES / 2**20:.0f} MiB: lower --max-context or --max-seqs, or raise --page-size"
+        ]
+
+
+@dataclass(frozen=True)
+class PlannedOp:
+    """One program to compile, and how many layers of the model call it in a step."""
+
+    name: str
+    case: OpCase
+    num_layers: int
+
+
+def _unlike(name: str, names) -> str:
+    """The name, with a number if there is one like it already."""
+    return next(n for n in (name, *(f"{name} ({i})" for i in range(2, 99))) if n not in names)

@@ -1,0 +1,94 @@
+"""An ``Answer`` as text for a terminal, and as JSON."""
+
+import json
+from dataclasses import asdict
+
+from torch_rpa.aot.answer import Answer, OpAnswer
+from torch_rpa.aot.plan import CACHE_SHARE, Plan
+from torch_rpa.kernels import chips
+
+_KIB, _MIB, _GIB = 2**10, 2**20, 2**30
+
+
+def text(answer: Answer) -> str:
+    """What a person reads: the plan, its memory, a column for each op, and what is wrong."""
+    parts = [_heading(answer.plan)]
+    if answer.ops:
+        parts += [_align(_memory_rows(answer.plan)), _align(_op_rows(answer.ops))]
+    parts.append("\n".join(f"error: {problem}" for problem in answer.problems) or "It compiles and fits.")
+    return "\n\n".join(parts)
+
+
+def as_json(answer: Answer) -> str:
+    """What a program reads: sizes in bytes, times in seconds."""
+    plan = answer.plan
+    named = ("chip", "num_chips", "page_size", "max_tokens", "max_seqs", "max_context", "kv_dtype")
+    known = {name: getattr(plan, name) for name in named} | {"model": plan.model.name, "problems": answer.problems}
+    if answer.ops:
+        memory = ("weight_bytes", "token_bytes", "cache_tokens")
+        known["memory"] = {"hbm_bytes": chips.CHIPS[plan.chip].hbm_bytes, **{n: getattr(plan, n) for n in memory}}
+        known["ops"] = [_op_fields(op) for op in answer.ops]
+    return json.dumps(known, indent=1)
+
+
+def _op_fields(answer: OpAnswer) -> dict:
+    named = {"name": answer.op.name, "layers": answer.op.num_layers, "problem": answer.problem}
+    return named | {"case": asdict(answer.op.case), "report": answer.report._asdict()}
+
+
+def _heading(plan: Plan) -> str:
+    model, chips_ = plan.model, f"{plan.num_chips} x {plan.chip}"
+    num_q_heads, num_kv_heads, head_dim = next(iter(model.layers)).heads
+    layers = f"{num_q_heads} query and {num_kv_heads} KV heads of {head_dim}, {model.num_layers} layers"
+    sizes = f"{plan.max_tokens} tokens a step, {plan.max_seqs} sequences of up to {plan.max_context} tokens"
+    return f"{model.name} on {chips_}: {layers}\n{sizes}; pages of {plan.page_size} tokens, {plan.kv_dtype}"
+
+
+def _memory_rows(plan: Plan) -> list[list[str]]:
+    weights, tokens = plan.weight_bytes, plan.cache_tokens
+    share = f"{CACHE_SHARE:.0%} of " + ("what the weights leave" if weights else "it: the weights are not known")
+    return [
+        ["HBM of a chip", f"{chips.CHIPS[plan.chip].hbm_bytes / _GIB:.0f} GiB"],
+        ["weights", "-" if weights is None else f"{weights / _GIB:.2f} GiB"],
+        ["cache", f"{plan.token_bytes / _KIB:g} KiB a token"],
+        ["tokens that fit", f"{tokens}, {tokens / plan.max_context:.1f} full sequences, in {share}"],
+    ]
+
+
+def _op_rows(answers: list[OpAnswer]) -> list[list[str]]:
+    rows = {
+        "op": lambda op, report: op.name,
+        "layers": lambda op, report: str(op.num_layers or "-"),
+        "compiles": lambda op, report: "no" if report.error else "yes",
+        "compile time": lambda op, report: f"{report.seconds:.0f} s",
+    }
+    good = {
+        "block of keys": lambda op, report: f"{report.block_keys}",
+        "block of rows": lambda op, report: f"{report.block_rows}",
+        "VMEM": lambda op, report: _of(report.vmem_bytes, chips.CHIPS[op.case.chip].vmem_bytes),
+        "SMEM": lambda op, report: _of(report.smem_bytes, chips.SMEM_BYTES),
+        "copies": lambda op, report: str(len(report.copies) or "none"),
+        "pages in place": lambda op, report: _in_place(op, report),
+    }
+    table = [[title, *(cell(a.op, a.report) for a in answers)] for title, cell in rows.items()]
+    return table + [
+        [title, *("-" if a.report.error else cell(a.op, a.report) for a in answers)] for title, cell in good.items()
+    ]
+
+
+def _in_place(op, report) -> str:
+    if not op.case.update:
+        return "-"
+    return "yes" if report.alias_bytes == report.page_bytes else "no"
+
+
+def _of(used: int, there: int) -> str:
+    amount = f"{used / _MIB:.0f}" if used >= _MIB else f"{used / _KIB:.0f} KiB"
+    return f"{amount} of {there / _MIB:.0f} MiB"
+
+
+def _align(rows: list[list[str]]) -> str:
+    """Columns as wide as their widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
