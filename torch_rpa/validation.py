@@ -17,8 +17,9 @@ QUANTIZED_DTYPES = ("float8_e4m3fn", "float8_e5m2", "int8")
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
 MAX_HEAD_DIM = 256
 TPU_HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
-# A TPU's scalar memory is 1 MiB on every chip; 16 KiB of it are for the other metadata and the kernel's own scalars.
-TPU_MAX_TABLE_BYTES = 2**20 - 16 * 2**10
+# Scalar memory of every chip; all but 16 KiB, for the other metadata and the kernel's own scalars, may be page table.
+TPU_SMEM_BYTES = 2**20
+TPU_MAX_TABLE_BYTES = TPU_SMEM_BYTES - 16 * 2**10
 
 
 class ArgSpec(NamedTuple):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch_rpa.aot.models import LayerKind, ModelFacts
 from torch_rpa.aot.op import OpCase
 from torch_rpa.kernels import chips
-from torch_rpa.validation import PAGE_SIZES
+from torch_rpa.validation import PAGE_SIZES, TPU_MAX_TABLE_BYTES
 
 KV_ITEMSIZES = {"bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1}
 DTYPE = "bfloat16"  # of weights and queries
@@ -135,11 +135,11 @@ class Plan:
 
     def _smem_problems(self) -> list[str]:
         table = 4 * self.max_seqs * self.pages_per_seq
-        if table < chips.SMEM_BYTES:
+        if table <= TPU_MAX_TABLE_BYTES:
             return []
         return [
-            f"SMEM: a page table for {self.max_seqs} sequences of {self.pages_per_seq} pages takes {table / 2**20:.1f} "
-            f"of {chips.SMEM_BYTES / 2**20:.0f} MiB: lower --max-context or --max-seqs, or raise --page-size"
+            f"SMEM: a page table for {self.max_seqs} sequences of {self.pages_per_seq} pages takes {table // 2**10} "
+            f"of {TPU_MAX_TABLE_BYTES // 2**10} KiB: lower --max-context or --max-seqs, or raise --page-size"
         ]
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from torch_rpa.aot.answer import Answer, OpAnswer
 from torch_rpa.aot.plan import CACHE_SHARE, Plan
 from torch_rpa.kernels import chips
+from torch_rpa.validation import TPU_SMEM_BYTES
 
 _KIB, _MIB, _GIB = 2**10, 2**20, 2**30
 
@@ -66,7 +67,7 @@ def _op_rows(answers: list[OpAnswer]) -> list[list[str]]:
         "block of keys": lambda op, report: f"{report.block_keys}",
         "block of rows": lambda op, report: f"{report.block_rows}",
         "VMEM": lambda op, report: _of(report.vmem_bytes, chips.CHIPS[op.case.chip].vmem_bytes),
-        "SMEM": lambda op, report: _of(report.smem_bytes, chips.SMEM_BYTES),
+        "SMEM": lambda op, report: _of(report.smem_bytes, TPU_SMEM_BYTES),
         "copies": lambda op, report: str(len(report.copies) or "none"),
         "pages in place": lambda op, report: _in_place(op, report),
     }

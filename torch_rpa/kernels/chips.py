@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 _MIB, _GIB = 2**20, 2**30
-SMEM_BYTES = 1 * _MIB  # scalar memory of one core, of every chip here
 
 
 @dataclass(frozen=True)
