@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 from torch_rpa import bridge
+from torch_rpa.hf import linear
 from torch_rpa.hf.batch import BatchLayout
 from torch_rpa.hf.cache import PagedKVCache
 from torch_rpa.hf.step import run_step
@@ -52,14 +53,18 @@ class XlaSteps:
     def _replay(self, layout, cache, inputs) -> list[torch.Tensor]:
         key = (layout, len(inputs))
         if key not in self._programs:
-            trace = partial(self._function, layout, cache, *inputs)
+            trace = partial(self._traced, layout, cache, inputs)
             self._programs[key] = Replay(trace, inputs, cache.layers, _tensors(self._model))
         return self._programs[key].run(inputs)
 
     def _trace(self, layout, cache, inputs) -> list[torch.Tensor]:
-        results = self._function(layout, cache, *inputs)
+        results = self._traced(layout, cache, inputs)
         bridge.run_pending([*cache.layers, *results])
         return results
+
+    def _traced(self, layout, cache, inputs) -> list[torch.Tensor]:
+        with linear.for_device():
+            return self._function(layout, cache, *inputs)
 
     def _compiled(self, layout, cache, inputs) -> list[torch.Tensor]:
         key = (layout, len(inputs))
