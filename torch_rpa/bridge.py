@@ -53,12 +53,12 @@ def call(op: str, args: dict[str, torch.Tensor], options: dict) -> list[torch.Te
     Raises:
         ValueError, TypeError, NotImplementedError: from the static checks, the first time a configuration is seen.
     """
-    heads = sharding.for_call(args["q"])
+    heads = sharding.for_call(args["q"]) if xr.is_spmd() else None
     if heads is None:
         return call_on_parts(op, args, options)
     shapes = {"out": args["q"].shape, "lse": args["q"].shape[:2], "kv_pages": args["kv_pages"].shape}
     parts = call_on_parts(op, heads.shards(args), options)
-    return [heads.whole(name, part, shapes[name]) for name, part in zip(_RESULTS[op], parts, strict=False)]
+    return [heads.whole(name, part, shapes[name]) for name, part in zip(_RESULTS[op], parts, strict=True)]
 
 
 def call_on_parts(op: str, args: dict[str, torch.Tensor], options: dict) -> list[torch.Tensor]:

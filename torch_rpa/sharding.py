@@ -19,6 +19,9 @@ A context too long for one chip is shared out by pages instead, see ``attend_ove
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +31,8 @@ from torch_rpa.merge import merge_attention_states
 
 __all__ = ["HeadSharding", "attend_over_chips", "current", "use_mesh"]
 
-_current: "HeadSharding | None" = None
+_of_process: "HeadSharding | None" = None
+_of_block: ContextVar["HeadSharding"] = ContextVar("torch_rpa.sharding")
 
 
 def use_mesh(mesh, axis: str | None = None) -> None:
@@ -42,28 +46,53 @@ def use_mesh(mesh, axis: str | None = None) -> None:
         ValueError: the mesh has no such axis.
         RuntimeError: SPMD is off; call ``torch_xla.runtime.use_spmd()`` first.
     """
-    global _current
-    _current = None if mesh is None else _checked(mesh, axis)
+    global _of_process
+    _of_process = None if mesh is None else over(mesh, axis)
+
+
+def over(mesh, axis: str) -> "HeadSharding":
+    """Heads over ``axis`` of ``mesh``; raises as ``use_mesh`` does."""
+    import torch_xla.runtime as xr
+
+    if not xr.is_spmd():
+        raise RuntimeError("a mesh needs SPMD: call torch_xla.runtime.use_spmd() first, before any XLA tensor is made")
+    if axis not in mesh.shape():
+        raise ValueError(f"axis must be one of the mesh's axes {tuple(mesh.shape())}, got {axis!r}")
+    return HeadSharding(mesh, axis)
+
+
+@contextmanager
+def using(heads: "HeadSharding") -> Iterator[None]:
+    """Shard so inside the block and in this thread only, whatever ``use_mesh`` says."""
+    token = _of_block.set(heads)
+    try:
+        yield
+    finally:
+        _of_block.reset(token)
 
 
 def current() -> "HeadSharding | None":
-    """What ``use_mesh`` asked for last."""
-    return _current
+    """How heads are sharded here: as the innermost ``using`` says, else as ``use_mesh`` said last."""
+    return _of_block.get(_of_process)
+
+
+def sharding_of(tensor: torch.Tensor) -> str:
+    """How a tensor is sharded, as PyTorch/XLA has it: "{devices=[4,1]0,1,2,3}", or "" if every chip has all of it."""
+    return _torch_xla()._get_xla_sharding_spec(tensor).replace("{replicated}", "")
 
 
 def for_call(q: torch.Tensor) -> "HeadSharding | None":
-    """How a call of an op with this q is to be sharded; None if it is not, or is already on every chip's own part."""
-    import torch_xla.runtime as xr
-
-    if not xr.is_spmd() or _torch_xla()._get_xla_sharding_spec(q) == "{manual}":
+    """How a call of an op under SPMD is to be sharded; None if it is not, or q is every chip's own part already."""
+    if sharding_of(q) == "{manual}":
         return None
-    if _current is None:
+    heads = current()
+    if heads is None:
         warnings.warn(
             "an op of torch_rpa under SPMD without torch_rpa.sharding.use_mesh(mesh, axis): every chip gathers and "
             "computes all heads",
             stacklevel=3,
         )
-    return _current
+    return heads
 
 
 @dataclass(frozen=True)
@@ -78,6 +107,16 @@ class HeadSharding:
         """Chips along the axis."""
         return self.mesh.shape()[self.axis]
 
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return f"the {self.num_chips} chips of mesh axis {self.axis!r}"
+
+    def check_q_heads(self, num_q_heads: int) -> None:
+        """ValueError if the chips cannot share so many query heads."""
+        if num_q_heads % self.num_chips:
+            raise ValueError(f"q has {num_q_heads} heads, which cannot be shared out evenly over {self.where}")
+
     def stored_kv_heads(self, num_kv_heads: int) -> int:
         """KV heads that pages have in all: ``num_kv_heads``, or one for each chip if the chips are more.
 
@@ -85,8 +124,7 @@ class HeadSharding:
         """
         if num_kv_heads % self.num_chips and self.num_chips % num_kv_heads:
             raise ValueError(
-                f"{num_kv_heads=} cannot be shared out over the {self.num_chips} chips of mesh axis {self.axis!r}: one "
-                "of the two must be a multiple of the other"
+                f"{num_kv_heads=} cannot be shared out over {self.where}: one number must be a multiple of the other"
             )
         return max(num_kv_heads, self.num_chips)
 
@@ -100,8 +138,10 @@ class HeadSharding:
 
         Raises ValueError for heads that cannot be shared out, and for pages that are not sharded.
         """
-        self._check(args)
-        return {name: self._shard(name, self._repeat_heads(name, x, args)) for name, x in args.items()}
+        self._check_heads(args)
+        parts = {name: self._repeat_heads(name, x, args) for name, x in args.items() if name != "kv_pages"}
+        parts = {name: _to_part(x, self.mesh, self.spec(name, x)) for name, x in parts.items()}
+        return {name: parts[name] if name in parts else self._pages_part(x) for name, x in args.items()}
 
     def whole(self, name: str, part: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """The result of ``shape`` that every chip has its own part of."""
@@ -109,13 +149,16 @@ class HeadSharding:
 
     def mark(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The same tensor, with its data sharded as the op takes it."""
-        _torch_xla()._xla_mark_sharding(tensor, self.mesh.get_op_sharding(self.spec(name, tensor)))
+        return self.mark_spec(tensor, self.spec(name, tensor))
+
+    def mark_spec(self, tensor: torch.Tensor, spec: tuple) -> torch.Tensor:
+        """The same tensor, with its data sharded: for each dimension the axis, or None."""
+        _torch_xla()._xla_mark_sharding(tensor, self.mesh.get_op_sharding(spec))
         return tensor
 
-    def _shard(self, name, tensor):
-        if name == "kv_pages":  # its data is sharded already
-            return _torch_xla()._spmd_full_to_shard_shape(tensor)
-        return _to_part(tensor, self.mesh, self.spec(name, tensor))
+    def gathered(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A traced tensor, all of it on every chip."""
+        return _annotated(tensor, self.mesh, (None,) * tensor.dim())
 
     def _repeat_heads(self, name, tensor, args):
         """k and v with each head as often as it stands in the pages."""
@@ -124,29 +167,27 @@ class HeadSharding:
         copies = _stored_heads(args) // tensor.shape[1]
         return tensor if copies == 1 else tensor.unsqueeze(2).expand(-1, -1, copies, -1).flatten(1, 2)
 
-    def _check(self, args):
-        where = f"the {self.num_chips} chips of mesh axis {self.axis!r}"
-        num_q_heads, stored = args["q"].shape[1], _stored_heads(args)
-        if num_q_heads % self.num_chips:
-            raise ValueError(f"q has {num_q_heads} heads, which cannot be shared out evenly over {where}")
+    def _check_heads(self, args):
+        self.check_q_heads(args["q"].shape[1])
+        stored = _stored_heads(args)
         expected = self.stored_kv_heads(args["k"].shape[1] if "k" in args else stored)
         if stored != expected:
             raise ValueError(
-                f"kv_pages has {stored} KV heads, expected {expected} for {where}; make it with "
+                f"kv_pages has {stored} KV heads, expected {expected} for {self.where}; make it with "
                 "torch_rpa.empty_kv_pages after torch_rpa.sharding.use_mesh"
             )
-        if not self._is_sharded(args["kv_pages"]):
-            raise ValueError(
-                f"kv_pages must be sharded by head over {where}, or each of them would hold all of it; make it with "
-                "torch_rpa.empty_kv_pages after torch_rpa.sharding.use_mesh, or shard it with "
-                f"xs.mark_sharding(kv_pages, mesh, {self.spec('kv_pages', args['kv_pages'])})"
-            )
 
-    def _is_sharded(self, pages):
-        if not _torch_xla()._get_xla_sharding_spec(pages):
-            return self.num_chips == 1
-        part = _torch_xla()._spmd_full_to_shard_shape(pages).shape
-        return part == (*pages.shape[:2], pages.shape[2] // self.num_chips, *pages.shape[3:])
+    def _pages_part(self, pages):
+        """Every chip's own pages; their data is sharded already, or ValueError."""
+        is_marked = bool(sharding_of(pages))
+        part = _torch_xla()._spmd_full_to_shard_shape(pages if is_marked else self.gathered(pages))
+        if part.shape != (*pages.shape[:2], pages.shape[2] // self.num_chips, *pages.shape[3:]):
+            raise ValueError(
+                f"kv_pages must be sharded by head over {self.where}, or each of them would hold all of it; make it "
+                "with torch_rpa.empty_kv_pages after torch_rpa.sharding.use_mesh, or shard it with "
+                f"xs.mark_sharding(kv_pages, mesh, {self.spec('kv_pages', pages)})"
+            )
+        return part
 
 
 def attend_over_chips(
@@ -181,8 +222,7 @@ def attend_over_chips(
     Raises:
         ValueError: a first dimension that the chips cannot share; what the op refuses.
     """
-    _checked(mesh, axis)
-    num_chips, refused = mesh.shape()[axis], {"causal", "sliding_window", "sinks"} & options.keys()
+    num_chips, refused = over(mesh, axis).num_chips, {"causal", "sliding_window", "sinks"} & options.keys()
     if refused:
         raise ValueError(f"attend_over_chips takes no {', '.join(sorted(refused))}: every row sees every key")
     for name, x in (("kv_lens", kv_lens), ("page_indices", page_indices)):
@@ -204,9 +244,14 @@ def attend_over_chips(
 
 def _to_part(tensor, mesh, spec):
     """Every chip's own part of a tensor, to be worked on chip by chip. The caller's tensor is not annotated."""
+    return _torch_xla()._spmd_full_to_shard_shape(_annotated(tensor, mesh, spec))
+
+
+def _annotated(tensor, mesh, spec):
+    """The same values, from here on sharded so in the graph."""
     tensor = tensor.view(tensor.shape)
     _torch_xla()._xla_annotate_custom_sharding(tensor, mesh.get_op_sharding(spec))
-    return _torch_xla()._spmd_full_to_shard_shape(tensor)
+    return tensor
 
 
 def _to_whole(part, mesh, spec, shape):
@@ -218,16 +263,6 @@ def _to_whole(part, mesh, spec, shape):
 def _stored_heads(args) -> int:
     pages, head_dim = args["kv_pages"], args["q"].shape[2]
     return pages[0, 0].numel() // (2 * head_dim)
-
-
-def _checked(mesh, axis) -> HeadSharding:
-    import torch_xla.runtime as xr
-
-    if not xr.is_spmd():
-        raise RuntimeError("torch_rpa.sharding.use_mesh needs SPMD: call torch_xla.runtime.use_spmd() first")
-    if axis not in mesh.shape():
-        raise ValueError(f"axis must be one of the mesh's axes {tuple(mesh.shape())}, got {axis!r}")
-    return HeadSharding(mesh, axis)
 
 
 def _torch_xla():

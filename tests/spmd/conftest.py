@@ -4,7 +4,10 @@
 """
 
 import os
+import sys
+from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1] / "hf"))  # its tiny models
 os.environ.update(PJRT_DEVICE="CPU", CPU_NUM_DEVICES="4")
 
 import numpy as np

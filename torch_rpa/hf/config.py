@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 
+from torch_rpa import sharding
 from torch_rpa.validation import PAGE_SIZES
 
 # Token buckets in multiples of max_num_seqs: pure decoding, some prompts beside it, prompts.
@@ -35,8 +37,11 @@ class EngineConfig:
     prefix_caching  requests with a common prefix share the full pages of it
     xla_step        how a step runs on an XLA device: "replay" (traced once for each program), "lazy" (traced at every
                     step) or "openxla" (torch.compile with that backend)
+    mesh, axis      a torch_xla.distributed.spmd.Mesh, and the name of its axis that weights and heads are sharded over;
+                    None: as `torch_rpa.sharding.use_mesh` says, and the weights stay as they are
 
-    Raises ValueError for a value out of range and NotImplementedError for a kv_dtype the engine cannot fill.
+    Raises ValueError for a value out of range, NotImplementedError for a kv_dtype the engine cannot fill, and
+    RuntimeError for a mesh without SPMD.
     """
 
     page_size: int = 16
@@ -47,6 +52,8 @@ class EngineConfig:
     kv_dtype: torch.dtype | None = None
     prefix_caching: bool = True
     xla_step: str = "replay"
+    mesh: Any = None
+    axis: str = "model"
 
     def __post_init__(self) -> None:
         problems = [*self._problems_with_counts(), *self._problems_with_buckets()]
@@ -61,6 +68,10 @@ class EngineConfig:
                 "torch_rpa.hf.patch: kv_dtype=torch.int8 needs a k_scale and a v_scale for each layer, which a "
                 "transformers model does not carry; use torch.float8_e4m3fn or None (the model's dtype)"
             )
+        if self.mesh is not None:
+            sharding.over(self.mesh, self.axis)
+            if self.xla_step == "openxla":
+                raise NotImplementedError('torch_rpa.hf.patch: xla_step="openxla" with a mesh; use "replay" or "lazy"')
 
     def _problems_with_counts(self) -> list[str]:
         problems = []
@@ -97,6 +108,11 @@ class EngineConfig:
     @property
     def buckets(self) -> tuple[int, ...]:
         return self.token_buckets or tuple(multiple * self.max_num_seqs for multiple in DEFAULT_BUCKET_MULTIPLES)
+
+    @property
+    def heads(self) -> sharding.HeadSharding | None:
+        """How this model is sharded; None without a mesh of its own."""
+        return None if self.mesh is None else sharding.HeadSharding(self.mesh, self.axis)
 
     @property
     def max_step_tokens(self) -> int:

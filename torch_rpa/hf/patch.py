@@ -8,7 +8,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from torch_rpa.hf import attention, class_patch, experts, keywords
+from torch_rpa.hf import attention, class_patch, experts, keywords, tensor_parallel
 from torch_rpa.hf.config import EngineConfig
 from torch_rpa.hf.generate import generate_batch
 from torch_rpa.hf.manager import continuous_batching_context_manager, init_continuous_batching, warmup
@@ -44,6 +44,9 @@ def patch(model: PreTrainedModel | type[PreTrainedModel], **settings) -> PreTrai
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"torch_rpa.hf.patch: model must be a transformers model or a class of them, got {model!r}")
     require_supported_model(model, config)
+    if config.heads is not None:
+        is_ours = is_patched(model) and state_of(model).config.heads is not None
+        tensor_parallel.require_shardable(model, config.heads, is_ours=is_ours)
     unpatch(model)
     former_configs = _give_own_config(model)
     try:
@@ -55,6 +58,8 @@ def patch(model: PreTrainedModel | type[PreTrainedModel], **settings) -> PreTrai
     attach(model, PatchState(config, former_configs, former_methods, _add_hooks(model)))
     for name, method in METHODS.items():
         model.__dict__[name] = _bound(method, model)
+    if config.heads is not None:
+        tensor_parallel.shard(model, config.heads)
     return model
 
 
@@ -76,6 +81,8 @@ def unpatch(model: PreTrainedModel | type[PreTrainedModel]) -> PreTrainedModel |
         for name in METHODS:
             del model.__dict__[name]
         model.__dict__.update(state.former_methods)
+        if state.config.heads is not None:
+            tensor_parallel.unshard(model)
     return model
 
 

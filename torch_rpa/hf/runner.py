@@ -1,11 +1,13 @@
 """One step on the device: upload, model and sampling, one fetch."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 
-from torch_rpa.hf import attention
+from torch_rpa import sharding
+from torch_rpa.hf import attention, tensor_parallel
 from torch_rpa.hf.batch import BatchLayout
 from torch_rpa.hf.cache import PagedKVCache, pool_pages
 from torch_rpa.hf.config import EngineConfig
@@ -77,7 +79,10 @@ class ModelRunner:
         return (pages.device, pages.dtype) != (self.model.device, self._kv_dtype)
 
     def check_weights(self) -> None:
-        """Trace the model anew if it has other tensors than before; to be called when nothing runs."""
+        """Trace the model anew if it has other tensors than before, and shard those that are new; to be called when
+        nothing runs."""
+        if self.config.heads is not None:
+            tensor_parallel.shard(self.model, self.config.heads)
         if self._xla_steps is not None:
             self._xla_steps.forget(unless_same_weights=True)
 
@@ -88,6 +93,10 @@ class ModelRunner:
             self._xla_steps.forget()
 
     def _run(self, layout: BatchLayout, chunks: list[Chunk], rows: list[SampleRow] | None) -> list[tuple[int, float]]:
+        with nullcontext() if self.config.heads is None else sharding.using(self.config.heads):
+            return self._run_step(layout, chunks, rows)
+
+    def _run_step(self, layout, chunks, rows):
         self._check_attention()
         cache = self._ready_cache()
         inputs = [self._upload(layout.pack(chunks))]

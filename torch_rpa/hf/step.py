@@ -2,6 +2,7 @@
 
 import torch
 
+from torch_rpa import sharding
 from torch_rpa.hf.batch import BatchLayout
 from torch_rpa.hf.cache import PagedKVCache
 from torch_rpa.hf.sampling import sample, sample_greedy, unpack_sampling
@@ -28,6 +29,8 @@ def run_step(
         logits_to_keep=inputs.last_rows,
         rpa_batch=inputs.rpa_batch,
     ).logits[0]  # [max_num_seqs, vocab]
+    if packed.device.type == "xla" and sharding.current() is not None:
+        logits = sharding.current().gathered(logits)  # each chip has its part of the vocabulary
     if numbers is None:
         return [sample_greedy(logits)]
     return [sample(logits, unpack_sampling(numbers, bitmaps, logits.shape[-1])), logits]
