@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 import torch_xla
+import torch_xla.core.xla_model as xm
 from torch_xla.utils.buffer_donor_context import alias_with_buffer_donor_config
 
 from torch_rpa.bridge import run_pending
@@ -37,19 +38,24 @@ class Replay:
     ) -> None:
         constants = list(constants)
         _materialise([*constants, *updated])
-        live = {_XLAC._xla_get_tensor_id(tensor): tensor for tensor in (*constants, *updated)}
-        input_ids = [_XLAC._xla_get_tensor_id(tensor) for tensor in inputs]
+        xm.wait_device_ops()  # what is on its way has no buffer to be known by yet
+        live = dict(zip(_buffers(updated), updated, strict=True))
         self._updated = updated
         self._donate()
         outputs = [*updated, *trace()]
-        ids, values = _XLAC._get_tensors_xla_device_data_node(outputs)
+        _, values = _XLAC._get_tensors_xla_device_data_node(outputs)
+        buffers = _buffers(values)
         self._hash = _compile(outputs)
-        self._undo_updates(live, dict(zip(ids, values, strict=True)))
+        # Nothing has run yet: what tracing updated gets the buffer back that it had.
+        for buffer, value in zip(buffers, values, strict=True):
+            if buffer in live:
+                _XLAC._replace_xla_tensor(live[buffer], value)
+        live.update(zip(_buffers(constants), constants, strict=True))
         # What is neither live nor an input is a constant that tracing made, such as a scalar.
-        self._arguments = [live.get(key, value) for key, value in zip(ids, values, strict=True)]
-        self._live = [live[key] for key in ids if key in live]
+        self._arguments = [live.get(buffer, value) for buffer, value in zip(buffers, values, strict=True)]
+        self._live = [live[buffer] for buffer in buffers if buffer in live]
         # An input that the program does not read has no place among its arguments.
-        self._places = [ids.index(key) if key in ids else None for key in input_ids]
+        self._places = [buffers.index(buffer) if buffer in buffers else None for buffer in _buffers(inputs)]
 
     def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """Start the program with these inputs: its results. `updated` are up to date afterwards."""
@@ -68,12 +74,10 @@ class Replay:
         for tensor in self._updated:
             _XLAC._set_buffer_donation(tensor, True)
 
-    def _undo_updates(self, live: dict[int, torch.Tensor], values: dict[int, torch.Tensor]) -> None:
-        """Nothing has run yet: give the tensors that tracing updated the buffers back that they had."""
-        updated = {id(tensor) for tensor in self._updated}
-        for key, tensor in live.items():
-            if id(tensor) in updated and key in values:
-                _XLAC._replace_xla_tensor(tensor, values[key])
+
+def _buffers(tensors: list[torch.Tensor]) -> list[int]:
+    """What each tensor's data is known by, as long as it stays. (Under SPMD tensor ids change when a program runs.)"""
+    return _XLAC._get_tensors_handle(tensors)
 
 
 def _compile(outputs: list[torch.Tensor]) -> int:

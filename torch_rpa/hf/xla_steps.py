@@ -26,7 +26,7 @@ class XlaSteps:
         self._model = model
         self._way = {"replay": self._replay, "lazy": self._trace, "openxla": self._compiled}[way]
         self._programs: dict[tuple, Replay] = {}
-        self._weights: list[int] = []
+        self._weights = self._weight_ids()
 
     def run(self, layout: BatchLayout, cache: PagedKVCache, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         with self._counting_compilations():
@@ -34,10 +34,13 @@ class XlaSteps:
 
     def forget(self, *, unless_same_weights: bool = False) -> None:
         """Trace anew: the cache is another one, or (looked up on demand) the model has other tensors than before."""
-        weights = [id(tensor) for tensor in _tensors(self._model)]
+        weights = self._weight_ids()
         if not unless_same_weights or weights != self._weights:
             self._programs.clear()
         self._weights = weights
+
+    def _weight_ids(self) -> list[int]:
+        return [id(tensor) for tensor in _tensors(self._model)]
 
     def materialise(self, tensor: torch.Tensor) -> None:
         """Run what this tensor still needs."""
