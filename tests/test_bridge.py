@@ -264,3 +264,24 @@ def test_what_a_tpu_cannot_address_is_refused_when_lowered_for_one(batch, reason
 
 def test_plain_xla_ops_on_request_take_either_form_on_tpu(xla):
     assert lower_the_update(make_batch(), "tpu", kernel="xla")
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "chip"), [("v4-8", "v4"), ("v5litepod-16", "v5e"), ("v6e-8", "v6e"), ("v9-4", None), (None, None)]
+)
+def test_under_spmd_the_hosts_accelerator_type_tells_the_chip(xla, monkeypatch, accelerator, chip):
+    """The virtual device has no kind, and the kernel's blocks are smaller on v4."""
+    import torch_xla.runtime as xr
+
+    from torch_rpa import bridge
+
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.delenv("TPU_ACCELERATOR_TYPE", raising=False)
+    if accelerator:
+        monkeypatch.setenv("TPU_ACCELERATOR_TYPE", accelerator)
+    bridge._accelerator.cache_clear()
+    with mock.patch.object(xr, "is_spmd", return_value=True), mock.patch.object(xr, "device_type", return_value="TPU"):
+        assert bridge.chip_name() == chip
+    bridge._accelerator.cache_clear()
+    with mock.patch.object(xr, "is_spmd", return_value=True), mock.patch.object(xr, "device_type", return_value="CPU"):
+        assert bridge.chip_name() is None

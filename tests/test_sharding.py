@@ -36,3 +36,17 @@ def test_libtpu_compiles_two_sharded_blocks_with_one_all_reduce_each(tmp_path, t
     stored = max(num_kv_heads, num_chips)  # KV heads of the whole cache
     assert report["alias_bytes"] == report["page_bytes_of_a_head"] * stored // num_chips
     assert report["temp_bytes"] < report["alias_bytes"] / 4
+
+
+@pytest.mark.slow
+def test_libtpu_compiles_a_whole_sharded_model_with_megatrons_collectives(tmp_path):
+    """For each layer an all-reduce after the attention and one after the MLP; one for the embedding, whose rows are
+    spread over the chips, and an all-gather of the logits. Nothing gathers q, k, v, pages or a weight."""
+    pytest.importorskip("libtpu")
+    run(FOLDER / "model_program.py", "v5e", "4", tmp_path / "program")
+    report = json.loads(run(FOLDER / "program.py", "compile", "v5e:2x2", tmp_path / "program").splitlines()[-1])
+    assert report["kernels"] == 2, "the Pallas kernel must be inside"
+    assert sorted(report["collectives"]) == ["all-gather"] + ["all-reduce"] * (1 + 2 * 2)
+    assert report["gathered"] == ["bf16[4,8192,64]"], "the logits of 64 sequences"
+    assert report["alias_bytes"] == json.loads((tmp_path / "program").read_text())["cache_bytes"] // 4
+    assert report["temp_bytes"] < 2**24

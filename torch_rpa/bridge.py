@@ -19,6 +19,7 @@ import torch_xla.core.xla_builder as xb
 import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as metrics
 import torch_xla.runtime as xr
+from torch_xla._internal import tpu
 from torch_xla._internal.jax_workarounds import jax_import_guard
 
 from torch_rpa import sharding
@@ -31,6 +32,8 @@ _RESULTS = {
     "ragged_paged_attention_with_lse": ("out", "lse"),
     "ragged_paged_attention_update": ("out", "kv_pages"),
 }
+# Cloud TPU's accelerator types up to the hyphen (cloud.google.com/tpu/docs), and the names in kernels/chips.py.
+_CHIPS_OF_ACCELERATORS = {"v4": "v4", "v5litepod": "v5e", "v5e": "v5e", "v5p": "v5p", "v6e": "v6e", "tpu7x": "7x"}
 _KERNEL_CHOICES = ("auto", "xla", "interpret")
 # A served model has a handful of configurations: one for each token bucket and kind of layer.
 _MAX_COMPUTATIONS = 256
@@ -88,11 +91,23 @@ def device_kind() -> str:
 def chip_name() -> str | None:
     """The TPU behind the XLA device, as ``torch_rpa.kernels`` names it ("v6e").
 
-    None off TPU, for a chip that is not known, and under SPMD, whose virtual device does not say.
+    None off TPU, and for a chip that is not known. Under SPMD, whose virtual device does not say, it is what the host's
+    accelerator type tells: an environment variable or the metadata server, where PyTorch/XLA itself looks.
     """
     from torch_rpa.kernels import chips
 
-    return None if xr.is_spmd() else chips.name_of(xm.xla_device_kind())
+    if xr.is_spmd():
+        return _CHIPS_OF_ACCELERATORS.get(_accelerator()) if xr.device_type() == "TPU" else None
+    return chips.name_of(xm.xla_device_kind())
+
+
+@cache
+def _accelerator() -> str | None:
+    """Cloud TPU's name for this host's chips, such as "v5litepod"; None if there is nobody to say."""
+    try:
+        return tpu.get_tpu_type()
+    except (OSError, KeyError, TypeError):  # no metadata server (an error of requests is an OSError), or no such entry
+        return None
 
 
 def zeros_pages(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -157,8 +157,13 @@ class HeadSharding:
         return tensor
 
     def gathered(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A traced tensor, all of it on every chip."""
-        return _annotated(tensor, self.mesh, (None,) * tensor.dim())
+        """A traced tensor, such as logits [rows, vocabulary], of which each chip computes its part along the last
+        dimension if that divides; then all of it on every chip."""
+        rows = (None,) * (tensor.dim() - 1)
+        if tensor.shape[-1] % self.num_chips == 0:
+            # Said first, or the partitioner would gather what the tensor is computed from, such as lm_head's weight.
+            tensor = _annotated(tensor, self.mesh, (*rows, self.axis))
+        return _annotated(tensor, self.mesh, (*rows, None))
 
     def _repeat_heads(self, name, tensor, args):
         """k and v with each head as often as it stands in the pages."""
@@ -180,7 +185,8 @@ class HeadSharding:
     def _pages_part(self, pages):
         """Every chip's own pages; their data is sharded already, or ValueError."""
         is_marked = bool(sharding_of(pages))
-        part = _torch_xla()._spmd_full_to_shard_shape(pages if is_marked else self.gathered(pages))
+        marked = pages if is_marked else _annotated(pages, self.mesh, (None,) * pages.dim())
+        part = _torch_xla()._spmd_full_to_shard_shape(marked)
         if part.shape != (*pages.shape[:2], pages.shape[2] // self.num_chips, *pages.shape[3:]):
             raise ValueError(
                 f"kv_pages must be sharded by head over {self.where}, or each of them would hold all of it; make it "
