@@ -363,3 +363,8 @@ def test_bad_setting_is_named_with_its_value_and_what_was_expected(settings, mes
 def test_int8_cache_is_refused_with_the_reason():
     with pytest.raises(NotImplementedError, match="int8 needs a k_scale and a v_scale"):
         hf.patch(make_model(), kv_dtype=torch.int8)
+
+
+def test_a_mesh_without_spmd_is_refused(xla):
+    with pytest.raises(RuntimeError, match=r"a mesh needs SPMD: call torch_xla\.runtime\.use_spmd\(\) first"):
+        hf.patch(make_model().to(xla), mesh=object())

@@ -1,5 +1,6 @@
 """A model that is sharded over four virtual chips writes what it writes on one."""
 
+import copy
 import threading
 from collections import Counter
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 import torch_xla.distributed.spmd as xs
 from tiny_models import make_model, make_prompts, plain_greedy, tokens
-from transformers import GenerationConfig
+from torch_xla.debug import metrics
+from transformers import GenerationConfig, LlamaForCausalLM
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import torch_rpa
@@ -171,6 +173,35 @@ def test_a_mesh_in_one_thread_is_not_seen_in_another(mesh):
         assert torch_rpa.sharding.current() is heads
     assert seen == [None]
     assert torch_rpa.sharding.current() is None
+
+
+def test_a_step_updates_the_pages_in_place(mesh):
+    """Every program of a step is compiled with as many aliased buffers as there are layers, and others with none."""
+    before = aliased_buffers()
+    model = sharded_model(mesh, hidden_size=128)  # of a size that no other test has compiled
+    model.generate_batch(PROMPTS, max_new_tokens=2)
+    assert aliased_buffers()[len(before) :].count(2.0) == len(SETTINGS["token_buckets"])
+
+
+def aliased_buffers() -> list[float]:
+    data = metrics.metric_data("InputOutputAliasCount")
+    return [count for _, count in data[2]] if data else []
+
+
+def test_copies_of_a_model_and_models_of_a_class_are_sharded_too(mesh):
+    expected = plain_greedy(make_model(), PROMPTS, 4)
+    model = sharded_model(mesh)
+    twin = copy.deepcopy(model)
+    assert tokens(twin.generate_batch(PROMPTS, max_new_tokens=4)) == expected
+    assert list(map(sharding_of, twin.parameters())) == list(map(sharding_of, model.parameters()))
+    hf.patch(LlamaForCausalLM, mesh=mesh, **SETTINGS)
+    try:
+        model = make_model().to("xla")
+        assert tokens(model.generate_batch(PROMPTS, max_new_tokens=4)) == expected
+        assert sharding_of(model.lm_head.weight) == COLUMNS
+    finally:
+        hf.unpatch(LlamaForCausalLM)
+    assert not any(map(sharding_of, model.parameters()))
 
 
 def test_unpatch_restores_every_weight(mesh):
