@@ -27,14 +27,16 @@ def patch(model: PreTrainedModel | type[PreTrainedModel], **settings) -> PreTrai
     """Give this model, or each model of this class, paged attention and `generate_batch`; returns what it was given.
 
     settings: the fields of `EngineConfig`, such as page_size=16, num_pages=None, max_num_seqs=8,
-    token_buckets=None, kv_dtype=None.
+    token_buckets=None, kv_dtype=None. With mesh=, axis="model" the weights are sharded over the chips, see
+    `tensor_parallel`; the cache and the steps are too.
 
     Only this model changes (its config becomes a copy of its own, for models may share one), until `unpatch`.
     The cache is allocated at the first use, on the device the model is on then. Patching again replaces the
     settings. Each model of a patched class is patched when one of the new methods is first called on it.
 
     Raises NotImplementedError, with every reason, for a model that cannot be served; ValueError for a bad
-    setting; TypeError for a setting that does not exist or something that is no model.
+    setting, or heads that the chips of a mesh cannot share; RuntimeError for a mesh without SPMD; TypeError for a
+    setting that does not exist or something that is no model. Nothing has been changed then.
     """
     config = EngineConfig(**settings)
     if isinstance(model, type) and issubclass(model, PreTrainedModel):
@@ -64,7 +66,8 @@ def patch(model: PreTrainedModel | type[PreTrainedModel], **settings) -> PreTrai
 
 
 def unpatch(model: PreTrainedModel | type[PreTrainedModel]) -> PreTrainedModel | type[PreTrainedModel]:
-    """Undo `patch`: the former configs, attention and methods, no cache. A model not patched stays as it is.
+    """Undo `patch`: the former configs, attention, methods and weights in one piece, no cache. A model not patched
+    stays as it is.
 
     Waits for a generate_batch of another thread to end. A class takes the models with it that were patched for it.
     """
