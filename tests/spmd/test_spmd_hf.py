@@ -240,10 +240,15 @@ def test_a_model_that_went_to_the_cpu_and_back_is_sharded_again(mesh):
     model = sharded_model(mesh)
     model.generate_batch(PROMPTS, max_new_tokens=2)
     before = list(map(sharding_of, model.parameters()))
-    model.to("cpu").to("xla")
+    model.to("cpu")
+    with pytest.raises(ValueError, match="with mesh= the model must be on the XLA device, not on cpu"):
+        model.generate_batch(PROMPTS, max_new_tokens=6)
+    model.to("xla")
     expected = plain_greedy(make_model(), PROMPTS, 6)
     assert tokens(model.generate_batch(PROMPTS, max_new_tokens=6)) == expected
     assert list(map(sharding_of, model.parameters())) == before
+    hf.unpatch(model.to("cpu"))
+    assert plain_greedy(model, PROMPTS, 6) == expected
 
 
 REFUSED = {

@@ -64,23 +64,30 @@ def sharded_dims(model: PreTrainedModel, heads: HeadSharding) -> dict[str, int]:
 
 
 def require_shardable(model: PreTrainedModel, heads: HeadSharding, *, is_ours: bool = False) -> None:
-    """Raise what `sharded_dims` raises, and ValueError for a model on the CPU or one that is sharded already.
+    """Raise what `shard` raises, and ValueError for a model that is sharded already; log what each chip will hold.
 
     is_ours: it is `shard` that has sharded the model, and `unshard` will come first.
     """
-    if model.device.type != "xla":
-        raise ValueError(f"torch_rpa.hf.patch: with mesh= the model must be on the XLA device, not on {model.device}")
+    _require_xla(model)
+    dims = sharded_dims(model, heads)
     sharded = [name for name, parameter in model.named_parameters() if sharding_of(parameter)]
     if sharded and not is_ours:
         raise ValueError(
             f"torch_rpa.hf.patch: {sharded[0]} is sharded already; leave mesh out and call "
             "torch_rpa.sharding.use_mesh to keep the weights as they are"
         )
-    sharded_dims(model, heads)
+    nbytes = {name: parameter.nbytes for name, parameter in model.named_parameters()}
+    shared = sum(nbytes[name] for name in dims)
+    whole = sum(nbytes.values()) - shared
+    logger.info("%s share %.2f GiB of weights; %.2f GiB are on each", heads.where, shared / 2**30, whole / 2**30)
 
 
 def shard(model: PreTrainedModel, heads: HeadSharding) -> None:
-    """Spread the model's weights over the chips; those that are sharded already stay as they are."""
+    """Spread the model's weights over the chips; those that are sharded already stay as they are.
+
+    Raises what `sharded_dims` raises, and ValueError for a model that is not on the XLA device.
+    """
+    _require_xla(model)
     dims = sharded_dims(model, heads)
     for name, parameter in model.named_parameters():
         if name in dims and not sharding_of(parameter):
@@ -91,9 +98,14 @@ def shard(model: PreTrainedModel, heads: HeadSharding) -> None:
 def unshard(model: PreTrainedModel) -> None:
     """Undo `shard`: every weight as `model.to("xla")` gave it, the same objects with the same values."""
     for parameter in model.parameters():
-        if sharding_of(parameter):
+        if parameter.device.type == "xla" and sharding_of(parameter):
             # xs.clear_sharding alone leaves the data cut up.
             parameter.data = parameter.data.cpu().to(parameter.device)
+
+
+def _require_xla(model: PreTrainedModel) -> None:
+    if model.device.type != "xla":
+        raise ValueError(f"torch_rpa.hf.patch: with mesh= the model must be on the XLA device, not on {model.device}")
 
 
 def _dim(name: str, parameter: torch.Tensor, plan: dict[str, str]) -> int | None:
