@@ -36,7 +36,7 @@ LANES = 128
 # Row blocks are whole tiles of the narrowest q dtype.
 _TILE_ROWS = 16
 # Rows that one iteration of a copy loop moves, where a row block can be cut like that: enough to hide latencies.
-_COPY_ROWS = 32
+_COPY_ROWS = 64
 # Rows that a DMA may take of a page, whatever its dtype.
 _UNIT_TOKENS = 32
 # Rows of q and out staged at once.
@@ -191,6 +191,11 @@ class KernelConfig:
     def prefill_heads(self) -> int:
         """KV heads that a prefill step computes in one stretch of code: its start and end leave the units idle."""
         return self._whole_sets(_PREFILL_HEADS)
+
+    @property
+    def plain_heads(self) -> int:
+        """The same where every row sees every key: one such stretch is all the code that a long prefill runs."""
+        return self._whole_sets(2 * _PREFILL_HEADS)
 
     @property
     def span_blocks(self) -> int:
