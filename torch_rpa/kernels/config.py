@@ -37,7 +37,7 @@ LANES = 128
 _COPY_ROWS = 64
 # Rows that a DMA may take of a page, whatever its dtype.
 _UNIT_TOKENS = 32
-_PREFILL_HEADS = 4
+_PLAIN_HEADS, _FIRST_HEADS, _EDGE_HEADS = 8, 4, 2
 _SPAN_KEYS = 512
 # Lanes of one token that a decode step takes at once.
 _SET_LANES = 2048
@@ -176,15 +176,16 @@ class KernelConfig:
         """KV heads that a decode step computes together."""
         return self._whole_sets(_SET_LANES // (2 * self.head_dim))
 
-    @property
-    def prefill_heads(self) -> int:
-        """KV heads that a prefill step computes in one stretch of code: its start and end leave the units idle."""
-        return self._whole_sets(_PREFILL_HEADS)
+    def prefill_heads(self, is_edge: bool, is_first: bool) -> int:
+        """KV heads that a prefill step computes in one stretch of code.
 
-    @property
-    def plain_heads(self) -> int:
-        """The same where every row sees every key: one such stretch is all the code that a long prefill runs."""
-        return self._whole_sets(2 * _PREFILL_HEADS)
+        Every stretch leaves the units idle at its start and end, and long ones take long to compile: the longest for
+        spans of which every row sees every key, for a long prefill has little else; then for first spans, which are all
+        that a short one has.
+        """
+        if is_first:
+            return self._whole_sets(_FIRST_HEADS)
+        return self._whole_sets(_EDGE_HEADS if is_edge else _PLAIN_HEADS)
 
     @property
     def span_blocks(self) -> int:

@@ -131,7 +131,7 @@ class Product(NamedTuple):
 
     def attend(self, after_set):
         """Every head, a set of them after the other; ``after_set(head_set)`` is called after each."""
-        heads = self.config.prefill_heads if self.is_edge else self.config.plain_heads
+        heads = self.config.prefill_heads(self.is_edge, self.is_first)
 
         def attend_set(head_set, _):
             self._attend_set(head_set, heads)
