@@ -20,38 +20,27 @@ row step     ``step_rows`` rows of a prefill tile's matrix of one KV head, in wh
              for the g-th query head that shares it
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import gcd
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from torch_rpa.kernels import chips
+from torch_rpa.kernels import chips, tuning
 from torch_rpa.kernels.chips import Chip
 from torch_rpa.kernels.widen import widen_scale
 from torch_rpa.options import AttentionOptions
 from torch_rpa.validation import page_shape, tpu_reasons
 
 LANES = 128
-# Row blocks are whole tiles of the narrowest q dtype.
-_TILE_ROWS = 16
 # Rows that one iteration of a copy loop moves, where a row block can be cut like that: enough to hide latencies.
-_COPY_ROWS = 32
+_COPY_ROWS = 64
 # Rows that a DMA may take of a page, whatever its dtype.
 _UNIT_TOKENS = 32
-# Rows of q and out staged at once.
-_BLOCK_ROWS = 128
-_KEYS_PER_BLOCK = 256
-_STEP_ROWS = 512
-_PREFILL_HEADS = 4
+_PLAIN_HEADS, _FIRST_HEADS, _EDGE_HEADS = 8, 4, 2
 _SPAN_KEYS = 512
 # Lanes of one token that a decode step takes at once.
 _SET_LANES = 2048
-_NUM_SLOTS = 8
-_GROUP_ITEMS = 4
-_ROW_BATCHES = 4
-# Of VMEM for what is declared; the rest is the compiler's own, for values that do not fit into registers.
-_VMEM_SHARE = 0.65
 
 
 class HeadLanes(NamedTuple):
@@ -187,10 +176,16 @@ class KernelConfig:
         """KV heads that a decode step computes together."""
         return self._whole_sets(_SET_LANES // (2 * self.head_dim))
 
-    @property
-    def prefill_heads(self) -> int:
-        """KV heads that a prefill step computes in one stretch of code: its start and end leave the units idle."""
-        return self._whole_sets(_PREFILL_HEADS)
+    def prefill_heads(self, is_edge: bool, is_first: bool) -> int:
+        """KV heads that a prefill step computes in one stretch of code.
+
+        Every stretch leaves the units idle at its start and end, and long ones take long to compile: the longest for
+        spans of which every row sees every key, for a long prefill has little else; then for first spans, which are all
+        that a short one has.
+        """
+        if is_first:
+            return self._whole_sets(_FIRST_HEADS)
+        return self._whole_sets(_EDGE_HEADS if is_edge else _PLAIN_HEADS)
 
     @property
     def span_blocks(self) -> int:
@@ -325,15 +320,14 @@ def make_config(
     Args:
         q: [num_tokens, num_q_heads, head_dim]; kv_pages of either form; page_indices [max_num_seqs, pages_per_seq]:
             arrays, or anything with a shape and a dtype.
-        options: its block sizes override the choice made here.
+        options: its block sizes override the choice of ``tuning.py``.
         chip: name of the chip in ``chips.py``, or None for a choice that fits on every chip but v4.
     """
     num_tokens, num_q_heads, head_dim = q.shape
     pages = page_shape(kv_pages.shape, head_dim)
     group = num_q_heads // pages.num_kv_heads
-    block_pages = options.num_kv_pages_per_block or max(1, _KEYS_PER_BLOCK // pages.page_size)
-    block_rows = min(options.num_queries_per_block or _BLOCK_ROWS, num_tokens)
-    block_rows = -(-block_rows // _TILE_ROWS) * _TILE_ROWS
+    token_bytes = 2 * pages.num_kv_heads * head_dim * kv_pages.dtype.itemsize
+    blocks = tuning.choose(chips.named(chip), num_tokens, group, pages.page_size, token_bytes, options)
     config = KernelConfig(
         num_tokens=num_tokens,
         num_q_heads=num_q_heads,
@@ -352,26 +346,6 @@ def make_config(
         # What a TPU refuses in heads form reaches this point in interpreters only, and is reshaped there.
         heads_form=len(kv_pages.shape) == 4 and not tpu_reasons(q.shape, kv_pages.shape, kv_pages.dtype.name),
         chip=chips.named(chip),
-        block_rows=block_rows,
-        block_pages=block_pages,
-        num_slots=_NUM_SLOTS,
-        group_items=_GROUP_ITEMS,
-        row_batches=_ROW_BATCHES,
-        step_rows=min(_STEP_ROWS, block_rows * group),
+        **blocks._asdict(),
     )
-    return _fit(config)
-
-
-def _fit(config: KernelConfig) -> KernelConfig:
-    """The configuration with its blocks halved, those first that cost least, until it fits into VMEM."""
-    shares = {
-        "row_batches": 2, "step_rows": 64, "block_rows": 32, "num_slots": 6, "block_pages": 1, "group_items": 2
-    }  # fmt: skip
-    given = {"block_rows": config.options.num_queries_per_block, "block_pages": config.options.num_kv_pages_per_block}
-    while config.vmem_bytes > config.vmem_limit_bytes * _VMEM_SHARE:
-        too_big = [name for name, least in shares.items() if not given.get(name) and getattr(config, name) > least]
-        if not too_big:
-            break
-        name = max(too_big, key=lambda name: getattr(config, name) / shares[name])
-        config = replace(config, **{name: max(shares[name], getattr(config, name) // 2)})
-    return config
+    return tuning.fit(config)

@@ -40,17 +40,17 @@ class Span(NamedTuple):
 def attend_item(config: KernelConfig, refs: Refs, fetch, item: Item, slot):
     """Every KV head of the item's tile over its key block and those that follow; returns how many items that was."""
     span, count = _take_span(config, refs, fetch, item, slot)
-    num_sets = config.num_kv_heads // config.prefill_heads
 
-    def attend_set(i, _):
-        _attend_set(config, refs, item, span, i)
-        if config.puts_tokens:  # written by now
-            pl.when(i == 0)(lambda: write.finish_tile(config, refs, fetch, item, span.end == item.end))
+    def attend_step(step, _):
+        _attend_step(config, refs, item, span, step, finish)
 
-    if num_sets == 1:
-        attend_set(0, None)
-    else:
-        lax.fori_loop(0, num_sets, attend_set, None)
+    def finish(step, head_set):
+        """What was put into the slots is in the pages beside the first heads of the first rows that see the span."""
+        if config.puts_tokens:
+            is_first = (head_set == 0) & ((step == 0) | ~_sees_some(config, item, span, step - 1))
+            pl.when(is_first)(lambda: write.finish_tile(config, refs, fetch, item, span.end == item.end))
+
+    lax.fori_loop(0, schedule.blocks_of(item.num_rows * config.group, config.step_rows), attend_step, None)
     return count
 
 
@@ -76,66 +76,117 @@ def _receive(config: KernelConfig, refs: Refs, fetch, item: Item, slot, is_item)
         pl.when(is_item)(lambda: write.put_tile(config, refs, item, slot))
 
 
-def _attend_set(config: KernelConfig, refs: Refs, item: Item, span: Span, head_set):
-    """A set of heads: each step of rows that sees a key; masked only if some row of it does not see some key."""
-    first_key, last_key = span.first_key, span.first_key + config.span_blocks * config.block_keys - 1
-
-    def attend_step(step, _):
-        rows = _rows_of_step(config, item, step)
-        start, end = mask.key_range(rows.first_p, rows.last_p, item.end, **config.options.mask)
-        sees_some = (start <= last_key) & (end > first_key)
-        sees_all = mask.all_visible(rows.first_p, rows.last_p, first_key, last_key, **config.options.mask)
-        sees_all &= (first_key >= span.start) & (last_key < span.end)
-        is_edge = (sees_some | item.is_first) & ~sees_all  # the first span leaves a state, whatever it sees
-        pl.when(sees_all)(lambda: _attend_rows(config, refs, item, rows, span, head_set, is_edge=False))
-        # Blocks that no row sees would add zeros: leaving them out changes no bit.
-        is_short = jnp.minimum(end, span.end) <= first_key + config.block_keys
-        variants = {len(span.slots): ~is_short, 1: is_short} if config.span_blocks > 1 else {1: True}
-        for num_blocks, applies in variants.items():
-            keys = span._replace(slots=span.slots[:num_blocks])
-            pl.when(is_edge & applies)(
-                lambda keys=keys: _attend_rows(config, refs, item, rows, keys, head_set, is_edge=True)
-            )
-
-    lax.fori_loop(0, schedule.blocks_of(item.num_rows * config.group, config.step_rows), attend_step, None)
+def _sees_some(config: KernelConfig, item: Item, span: Span, step):
+    """Whether a step of rows attends to the span: some row sees a key, or the span is the first and leaves a state."""
+    rows = _rows_of_step(config, item, step)
+    start, end = mask.key_range(rows.first_p, rows.last_p, item.end, **config.options.mask)
+    return item.is_first | (start <= _last_key(config, span)) & (end > span.first_key)
 
 
-def _attend_rows(config: KernelConfig, refs: Refs, item: Item, rows: Rows, span: Span, head_set, is_edge):
-    """Heads one after the other; in the source, each one's scores stand before the sums of the head before it.
+def _attend_step(config: KernelConfig, refs: Refs, item: Item, span: Span, step, finish):
+    """A step of rows that sees a key, by the shortest code that does.
 
-    The matrix unit works in program order: it computes scores while the vector units weigh those of the head before.
+    That is a matter of time only: masks that hide nothing, blocks that no row sees and a state of no key change no bit.
     """
-    kv = _load_kv(config, refs, span, head_set)
-    bounds = _bounds(config, item, rows, span) if is_edge else None
-    chunk = None
-    for n in range(config.prefill_heads + 1):
-        before, head = chunk, head_set * config.prefill_heads + n
-        if n < config.prefill_heads:
-            chunk = _score(config, refs, item, head, rows, kv[n][0], bounds, span.first_key)
-        if n > 0:
-            values = _hide_values(config, span, kv[n - 1][1]) if is_edge else kv[n - 1][1]
-            _accumulate(config, refs, item, head - 1, rows, before, values)
+    rows, first_key, last_key = _rows_of_step(config, item, step), span.first_key, _last_key(config, span)
+    sees_all = mask.all_visible(rows.first_p, rows.last_p, first_key, last_key, **config.options.mask)
+    sees_all &= (first_key >= span.start) & (last_key < span.end)
+    is_plain = sees_all & ~item.is_first
+    is_edge = _sees_some(config, item, span, step) & ~is_plain
+    _, end = mask.key_range(rows.first_p, rows.last_p, item.end, **config.options.mask)
+    is_short = jnp.minimum(end, span.end) <= first_key + config.block_keys
+
+    def attend(applies, num_blocks, is_edge, is_first):
+        keys = span._replace(slots=span.slots[:num_blocks])
+        product = Product(config, refs, item, rows, keys, is_edge, is_first)
+        pl.when(applies)(lambda: product.attend(lambda head_set: finish(step, head_set)))
+
+    attend(is_plain, config.span_blocks, is_edge=False, is_first=False)
+    lengths = {1: is_short, config.span_blocks: ~is_short} if config.span_blocks > 1 else {1: True}
+    for num_blocks, is_of_length in lengths.items():
+        for is_first in (True, False):
+            applies = is_edge & is_of_length & (item.is_first == is_first)
+            attend(applies, num_blocks, is_edge=True, is_first=is_first)
 
 
-def _score(config: KernelConfig, refs: Refs, item: Item, head, rows: Rows, k, bounds, first_key) -> Chunk:
-    """The scores of a head's rows, -inf where a row does not see a key."""
-    q = _read_rows(config, refs.q_rows, head, rows).astype(config.compute_dtype)
-    scores = softmax.logits(q, k, scale=config.score_scale, soft_cap=config.options.soft_cap)
-    if bounds is not None:
-        scores = _hide_scores(config, scores, bounds, first_key)
-    top = refs.top_rows[head, pl.ds(rows.first, rows.count), :]
-    return softmax.enter(jnp.where(item.is_first, softmax.LOWEST, top), scores)
+def _last_key(config: KernelConfig, span: Span):
+    return span.first_key + config.span_blocks * config.block_keys - 1
 
 
-def _accumulate(config: KernelConfig, refs: Refs, item: Item, head, rows: Rows, chunk: Chunk, values):
-    """Add the weighted values to the state of a head's rows; before the first span of a tile there is none."""
-    matrix_rows = pl.ds(rows.first, rows.count)
-    total = jnp.where(item.is_first, 0.0, refs.total_rows[head, matrix_rows, :])
-    acc = jnp.where(item.is_first, 0.0, _read_rows(config, refs.acc_rows, head, rows))
-    state = softmax.accumulate(total, acc, chunk, values)
-    refs.top_rows[head, matrix_rows, :] = state.top
-    refs.total_rows[head, matrix_rows, :] = state.total
-    _write_rows(config, refs.acc_rows, head, rows, state.acc)
+class Product(NamedTuple):
+    """Some rows of every KV head, and the keys of some slots.
+
+    Attributes:
+        is_edge: some row may not see some key.
+        is_first: no row has a state yet.
+    """
+
+    config: KernelConfig
+    refs: Refs
+    item: Item
+    rows: Rows
+    span: Span
+    is_edge: bool
+    is_first: bool
+
+    def attend(self, after_set):
+        """Every head, a set of them after the other; ``after_set(head_set)`` is called after each."""
+        heads = self.config.prefill_heads(self.is_edge, self.is_first)
+
+        def attend_set(head_set, _):
+            self._attend_set(head_set, heads)
+            after_set(head_set)
+
+        if heads == self.config.num_kv_heads:
+            attend_set(0, None)
+        else:
+            lax.fori_loop(0, self.config.num_kv_heads // heads, attend_set, None)
+
+    def _attend_set(self, head_set, heads):
+        """Heads one after the other; in the source, each one's scores stand before the sums of the head before it.
+
+        The matrix unit works in program order: it computes scores while the vector units weigh those of the last head.
+        """
+        kv, first, chunk = self._load(head_set, heads), head_set * heads, None
+        for n in range(heads + 1):
+            before = chunk
+            if n < heads:
+                chunk = self._score(first + n, kv[n][0])
+            if n > 0:
+                self._accumulate(first + n - 1, before, kv[n - 1][1])
+
+    def _load(self, head_set, heads):
+        """k and v [keys, head_dim] of every head of a set of so many."""
+        head_dim, num_pages = self.config.head_dim, self.config.block_pages
+        blocks = [load_kv(self.config, self.refs, slot, head_set, heads, num_pages) for slot in self.span.slots]
+        kv = jnp.concatenate(blocks, axis=0)
+        pieces = [kv[:, i * head_dim : (i + 1) * head_dim] for i in range(2 * heads)]
+        return list(zip(pieces[0::2], pieces[1::2], strict=True))
+
+    def _score(self, head, k) -> Chunk:
+        """The scores of a head's rows, -inf where a row does not see a key."""
+        config = self.config
+        q = _read_rows(config, self.refs.q_rows, head, self.rows).astype(config.compute_dtype)
+        scores = softmax.logits(q, k, scale=config.score_scale, soft_cap=config.options.soft_cap)
+        if self.is_edge:
+            scores = _hide_scores(config, scores, _bounds(config, self.item, self.rows, self.span), self.span.first_key)
+        return softmax.enter(None if self.is_first else self.refs.top_rows[head, self._matrix_rows, :], scores)
+
+    def _accumulate(self, head, chunk: Chunk, values):
+        """Add the weighted values to the state of a head's rows."""
+        config, refs, total, acc = self.config, self.refs, None, None
+        if self.is_edge:
+            values = _hide_values(config, self.span, values)
+        if not self.is_first:
+            total, acc = refs.total_rows[head, self._matrix_rows, :], _read_rows(config, refs.acc_rows, head, self.rows)
+        state = softmax.accumulate(total, acc, chunk, values)
+        refs.top_rows[head, self._matrix_rows, :] = state.top
+        refs.total_rows[head, self._matrix_rows, :] = state.total
+        _write_rows(config, refs.acc_rows, head, self.rows, state.acc)
+
+    @property
+    def _matrix_rows(self):
+        return pl.ds(self.rows.first, self.rows.count)
 
 
 def _rows_of_step(config: KernelConfig, item: Item, step) -> Rows:
@@ -170,15 +221,6 @@ def _hide_values(config: KernelConfig, span: Span, values):
     """Values with zeros where no row needs a key; what is there may be NaN, and 0 * NaN is NaN."""
     j = span.first_key + lax.broadcasted_iota(jnp.int32, (len(values), 1), 0)
     return jnp.where((j >= span.start) & (j < span.end), values, jnp.zeros_like(values))
-
-
-def _load_kv(config: KernelConfig, refs: Refs, span: Span, head_set):
-    """k and v [keys, head_dim] of every head of a set."""
-    head_dim, heads = config.head_dim, config.prefill_heads
-    blocks = [load_kv(config, refs, slot, head_set, heads, config.block_pages) for slot in span.slots]
-    kv = jnp.concatenate(blocks, axis=0)
-    pieces = [kv[:, i * head_dim : (i + 1) * head_dim] for i in range(2 * heads)]
-    return list(zip(pieces[0::2], pieces[1::2], strict=True))
 
 
 def _read_rows(config: KernelConfig, ref, head, rows: Rows):

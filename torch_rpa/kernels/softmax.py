@@ -1,24 +1,27 @@
 """The online softmax of one matrix of rows over one chunk of keys: arrays in, arrays out.
 
-State of a row after some of its keys (with exp, for which Mosaic of jax 0.7.1 multiplies once less than for exp2):
+State of a row after some of its keys. Logits are in units of ln 2, for vector units raise 2 to a power, not e:
 
     top    the largest logit so far, or LOWEST
-    total  the sum of exp(logit - top)
-    acc    the sum of exp(logit - top) * value
+    total  the sum of 2 ** (logit - top)
+    acc    the sum of 2 ** (logit - top) * value
 
-Adding a chunk raises top and scales the other two by ``exp(old top - new top)`` (Milakov and Gimelshein,
+Adding a chunk raises top and scales the other two by ``2 ** (old top - new top)`` (Milakov and Gimelshein,
 arXiv 1805.02867). A chunk in which a row sees no key leaves its state as it is, bit for bit.
 """
 
+from math import log2
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from torch_rpa.kernels.config import LANES, fill_lanes
 
 # Below every logit, and finite: top - top must not be NaN.
 LOWEST = -1e37
+LOG2_E, LN_2 = log2(np.e), np.log(2.0).item()
 
 
 class State(NamedTuple):
@@ -34,22 +37,25 @@ class State(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """scores [rows, keys]; the top [rows, 128] of these and all keys before; decay [rows, 128] of what came before."""
+    """scores [rows, keys]; the top [rows, 128] of these and all keys before; decay [rows, 128] of what came before.
+
+    decay is None for rows that have no state yet.
+    """
 
     scores: jax.Array
     top: jax.Array
-    decay: jax.Array
+    decay: jax.Array | None
 
 
 EMPTY = State(LOWEST, 0.0, 0.0)  # before any key
 
 
 def logits(q, k, *, scale: float, soft_cap: float | None):
-    """``scale * q @ k.T``, capped: float32 [rows, keys] for q [rows, head_dim], k [keys, head_dim]."""
+    """``scale * q @ k.T``, capped, / ln 2: float32 [rows, keys] for q [rows, head_dim], k [keys, head_dim]."""
     scores = _matmul(q, k, contract=1)
     if soft_cap is None:
-        return scores * scale
-    return jnp.tanh(scores * (scale / soft_cap)) * soft_cap
+        return scores * (scale * LOG2_E)
+    return jnp.tanh(scores * (scale / soft_cap)) * (soft_cap * LOG2_E)
 
 
 def raise_top(top, scores):
@@ -59,7 +65,12 @@ def raise_top(top, scores):
 
 def weigh(scores, top):
     """The weights [rows, keys] of scores, -inf where a row does not see a key, relative to top [rows, 128]."""
-    return jnp.exp(scores - lanes(top, scores.shape[1]))
+    return exp2(scores - lanes(top, scores.shape[1]))
+
+
+def exp2(x):
+    """2 ** x. Mosaic of jax 0.7.1 makes ``exp(x * ln 2)`` of jnp.exp2, and of exp in turn ``2 ** (y / ln 2)``."""
+    return 2.0**x
 
 
 def add_up(weights):
@@ -77,22 +88,27 @@ def sum_values(weights, values):
 
 
 def enter(top, scores) -> Chunk:
-    """The first half of adding a chunk: all that needs the scores only, so that other products may stand in between."""
-    new_top = raise_top(top, scores)
-    return Chunk(scores, new_top, jnp.exp(top - new_top))
+    """The first half of adding a chunk: all that needs the scores only, so that other products may stand in between.
+
+    ``top`` is None for rows that have no state yet.
+    """
+    new_top = raise_top(LOWEST if top is None else top, scores)
+    return Chunk(scores, new_top, None if top is None else exp2(top - new_top))
 
 
 def accumulate(total, acc, chunk: Chunk, values) -> State:
-    """The second half: the state after the chunk, from the total and acc before it and the chunk's values."""
+    """The second half: the state after the chunk, from the total and acc before it, if any, and the chunk's values."""
     weights = weigh(chunk.scores, chunk.top)
-    acc = acc * lanes(chunk.decay, values.shape[1]) + sum_values(weights, values)
-    return State(chunk.top, total * chunk.decay + add_up(weights), acc)
+    new_total, new_acc = add_up(weights), sum_values(weights, values)
+    if chunk.decay is None:
+        return State(chunk.top, new_total, new_acc)
+    return State(chunk.top, total * chunk.decay + new_total, acc * lanes(chunk.decay, values.shape[1]) + new_acc)
 
 
 def merge(a: State, b: State) -> State:
     """The state of the keys of both."""
     top = jnp.maximum(a.top, b.top)
-    decay_a, decay_b = jnp.exp(a.top - top), jnp.exp(b.top - top)
+    decay_a, decay_b = exp2(a.top - top), exp2(b.top - top)
     width = b.acc.shape[1]
     acc = a.acc * lanes(decay_a, width) + b.acc * lanes(decay_b, width)
     return State(top, a.total * decay_a + b.total * decay_b, acc)
@@ -113,13 +129,14 @@ def finish(top, total, sink=None):
         sink: one more logit without a value, or None.
     """
     if sink is not None:
+        sink = sink * LOG2_E
         new_top = jnp.maximum(top, sink)
-        decay = jnp.exp(top - new_top)
-        total, top = total * decay + jnp.exp(sink - new_top), new_top
+        decay = exp2(top - new_top)
+        total, top = total * decay + exp2(sink - new_top), new_top
     else:
         decay = 1.0
     is_empty = total == 0
-    lse = jnp.where(is_empty, -jnp.inf, top + jnp.log(jnp.where(is_empty, 1.0, total)))
+    lse = jnp.where(is_empty, -jnp.inf, top * LN_2 + jnp.log(jnp.where(is_empty, 1.0, total)))
     return jnp.where(is_empty, 0.0, decay / jnp.where(is_empty, 1.0, total)), lse
 
 

@@ -1,0 +1,81 @@
+"""Block sizes for a chip and a shape, by a few rules from hardware facts. What a caller asks for overrides them.
+
+- Rows: enough that the products over a key block outlast its fetch, and few enough that the first rows come soon.
+- Keys: enough that the fetch of a block outlasts the scalar work for it, or decode waits for the scalar core.
+- What does not fit into VMEM is halved, first what is largest beside the least that is of use.
+
+``benchmarks/sweep_blocks.py`` compares the choice with others.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from torch_rpa.kernels.chips import Chip
+from torch_rpa.options import AttentionOptions
+
+# Row blocks are whole tiles of the narrowest q dtype.
+_TILE_ROWS = 16
+# A 128-row block of 4 query heads for each KV head does 512 FLOP for each byte of bfloat16 keys and values: more than
+# any chip has FLOP/s for a byte/s of HBM.
+_BLOCK_ROWS = 128
+_STEP_ROWS = 512
+# Half of what a prefill step takes at once, and all of it.
+_FEW_KEYS, _MANY_KEYS = 256, 512
+# What the scalar core needs to work out and start the fetch of one block, and to find it again: about 300 cycles.
+_SCALAR_SECONDS = 0.2e-6
+_NUM_SLOTS = 8
+_GROUP_ITEMS = 4
+_ROW_BATCHES = 4
+# Of VMEM for what is declared; the rest is the compiler's own, for values that do not fit into registers.
+_VMEM_SHARE = 0.65
+# The least of each that is of use.
+_LEAST = {"row_batches": 2, "step_rows": 64, "block_rows": 32, "num_slots": 6, "block_pages": 1, "group_items": 2}
+
+
+class Blocks(NamedTuple):
+    """Those fields of ``KernelConfig`` that are chosen and do not follow from a call."""
+
+    block_rows: int
+    block_pages: int
+    num_slots: int
+    group_items: int
+    row_batches: int
+    step_rows: int
+
+
+def choose(
+    chip: Chip, num_tokens: int, group: int, page_size: int, token_bytes: int, options: AttentionOptions
+) -> Blocks:
+    """The blocks that would be best if VMEM had no end.
+
+    Args:
+        group: query heads that share a KV head.
+        token_bytes: of one token's keys and values in a page.
+    """
+    block_rows = min(options.num_queries_per_block or _BLOCK_ROWS, num_tokens)
+    block_rows = -(-block_rows // _TILE_ROWS) * _TILE_ROWS
+    return Blocks(
+        block_rows=block_rows,
+        block_pages=options.num_kv_pages_per_block or max(1, _block_keys(chip, token_bytes) // page_size),
+        num_slots=_NUM_SLOTS,
+        group_items=_GROUP_ITEMS,
+        row_batches=_ROW_BATCHES,
+        step_rows=min(_STEP_ROWS, block_rows * group),
+    )
+
+
+def fit(config):
+    """The ``KernelConfig`` with its blocks halved, those first that cost least, until it fits into VMEM."""
+    given = {"block_rows": config.options.num_queries_per_block, "block_pages": config.options.num_kv_pages_per_block}
+    while config.vmem_bytes > config.vmem_limit_bytes * _VMEM_SHARE:
+        too_big = [name for name, least in _LEAST.items() if not given.get(name) and getattr(config, name) > least]
+        if not too_big:
+            break
+        name = max(too_big, key=lambda name: getattr(config, name) / _LEAST[name])
+        config = replace(config, **{name: max(_LEAST[name], getattr(config, name) // 2)})
+    return config
+
+
+def _block_keys(chip: Chip, token_bytes: int) -> int:
+    outlasts = _FEW_KEYS * token_bytes > _SCALAR_SECONDS * chip.hbm_bytes_per_s
+    return _FEW_KEYS if outlasts else _MANY_KEYS
