@@ -102,7 +102,7 @@ def our_scalars(case: OpCase, batch) -> list:
 
 
 def cell(case: OpCase, batch, microseconds: float) -> str:
-    kv_itemsize = 2 if case.kv_dtype in (None, "bfloat16") else 1
+    kv_itemsize = workloads.itemsize(case.kv_dtype or case.dtype)
     share = workloads.share_of_peak(batch, case.heads, microseconds * 1e-6, CHIPS[case.chip], kv_itemsize)
     if workloads.decodes_only(batch):
         return f"{microseconds:.0f} ({share:.2f})"

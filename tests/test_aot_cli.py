@@ -7,25 +7,27 @@ import sys
 import pytest
 
 from torch_rpa import workloads
-from torch_rpa.aot import OpCase, Report, __main__, models
+from torch_rpa.aot import OpCase, Report, __main__, models, times
 from torch_rpa.aot import answer as answers
 from torch_rpa.aot.plan import Plan
 from torch_rpa.kernels import chips
 
 GOOD = Report(None, 7.0, vmem_bytes=30 * 2**20, smem_bytes=2**14, block_keys=256, block_rows=128)
+TIME = times.OpTime(100.0, 0.5)
 LLAMA = ["--chip", "v6e", "--model", "llama-3-8b"]
 
 
 def run(monkeypatch, *argv, error=None, copies=()):
     """The exit code of the command with a compiler that always says the same."""
 
-    def compile_(case: OpCase) -> Report:
+    def compile_(case: OpCase, dump: str) -> Report:
         if error:
             return Report(error, 1.0)
         page_bytes = 2 * case.pages_shape[0]
         return GOOD._replace(copies=copies, page_bytes=page_bytes, alias_bytes=page_bytes * case.update)
 
     monkeypatch.setattr(answers, "compile_report", compile_)
+    monkeypatch.setattr(answers.times, "modelled_times", lambda case, dump: dict.fromkeys(times.batches(case), TIME))
     return __main__.main([*map(str, argv)])
 
 

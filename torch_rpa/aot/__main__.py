@@ -16,10 +16,8 @@ from importlib.util import find_spec
 from torch_rpa import workloads
 from torch_rpa.aot import models, table
 from torch_rpa.aot.answer import answer
-from torch_rpa.aot.plan import KV_ITEMSIZES, Plan
+from torch_rpa.aot.plan import DEFAULT_CONTEXT, KV_DTYPES, Plan
 from torch_rpa.kernels.chips import CHIPS
-
-_DEFAULT_CONTEXT = 8192
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -35,9 +33,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=_count, default=512, help="rows of a step (default: 512)")
     parser.add_argument("--max-seqs", type=_count, default=64, help="sequences at a time (default: 64)")
     parser.add_argument(
-        "--max-context", type=_count, help=f"tokens of a sequence (default: {_DEFAULT_CONTEXT}, or the model's limit)"
+        "--max-context", type=_count, help=f"tokens of a sequence (default: {DEFAULT_CONTEXT}, or the model's limit)"
     )
-    parser.add_argument("--kv-dtype", choices=KV_ITEMSIZES, default="bfloat16", help="of the cache")
+    parser.add_argument("--kv-dtype", choices=KV_DTYPES, default="bfloat16", help="of the cache")
     parser.add_argument("--num-chips", type=_count, help="that heads are shared over (default: 1)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args(argv)
@@ -53,7 +51,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
         page_size=args.page_size,
         max_tokens=args.max_tokens,
         max_seqs=args.max_seqs,
-        max_context=args.max_context or min(_DEFAULT_CONTEXT, model.longest or _DEFAULT_CONTEXT),
+        max_context=args.max_context or min(DEFAULT_CONTEXT, model.longest or DEFAULT_CONTEXT),
         kv_dtype=args.kv_dtype,
         num_chips=args.num_chips or (known.num_chips if known else 1),
     )

@@ -16,12 +16,13 @@ def text(answer: Answer) -> str:
     parts = [_heading(answer.plan)]
     if answer.ops:
         parts += [_align(_memory_rows(answer.plan)), _align(_op_rows(answer.ops))]
+        parts += _time_notes(answer)
     parts.append("\n".join(f"error: {problem}" for problem in answer.problems) or "It compiles and fits.")
     return "\n\n".join(parts)
 
 
 def as_json(answer: Answer) -> str:
-    """What a program reads: sizes in bytes, times in seconds."""
+    """What a program reads: sizes in bytes, times in seconds unless their name says otherwise."""
     plan = answer.plan
     named = ("chip", "num_chips", "page_size", "max_tokens", "max_seqs", "max_context", "kv_dtype")
     known = {name: getattr(plan, name) for name in named} | {"model": plan.model.name, "problems": answer.problems}
@@ -29,12 +30,15 @@ def as_json(answer: Answer) -> str:
         memory = ("weight_bytes", "token_bytes", "cache_tokens")
         known["memory"] = {"hbm_bytes": chips.CHIPS[plan.chip].hbm_bytes, **{n: getattr(plan, n) for n in memory}}
         known["ops"] = [_op_fields(op) for op in answer.ops]
+        known["steps"] = {name: step._asdict() for name, step in answer.steps.items()}
     return json.dumps(known, indent=1)
 
 
 def _op_fields(answer: OpAnswer) -> dict:
     named = {"name": answer.op.name, "layers": answer.op.num_layers, "problem": answer.problem}
-    return named | {"case": asdict(answer.op.case), "report": answer.report._asdict()}
+    times = {name: time._asdict() for name, time in answer.modelled.items()}
+    known = {"case": asdict(answer.op.case), "report": answer.report._asdict()}
+    return named | known | {"modelled": times, "untimed": answer.untimed}
 
 
 def _heading(plan: Plan) -> str:
@@ -57,30 +61,53 @@ def _memory_rows(plan: Plan) -> list[list[str]]:
 
 
 def _op_rows(answers: list[OpAnswer]) -> list[list[str]]:
-    rows = {
-        "op": lambda op, report: op.name,
-        "layers": lambda op, report: str(op.num_layers or "-"),
-        "compiles": lambda op, report: "no" if report.error else "yes",
-        "compile time": lambda op, report: f"{report.seconds:.0f} s",
+    always = {
+        "op": lambda a: a.op.name,
+        "layers": lambda a: str(a.op.num_layers or "-"),
+        "compiles": lambda a: "no" if a.report.error else "yes",
+        "compile time": lambda a: f"{a.report.seconds:.0f} s",
     }
-    good = {
-        "block of keys": lambda op, report: f"{report.block_keys}",
-        "block of rows": lambda op, report: f"{report.block_rows}",
-        "VMEM": lambda op, report: _of(report.vmem_bytes, chips.CHIPS[op.case.chip].vmem_bytes),
-        "SMEM": lambda op, report: _of(report.smem_bytes, TPU_SMEM_BYTES),
-        "copies": lambda op, report: str(len(report.copies) or "none"),
-        "pages in place": lambda op, report: _in_place(op, report),
+    compiled = {
+        "keys at a time": lambda a: str(a.report.block_keys),
+        "rows at a time": lambda a: str(a.report.block_rows),
+        "VMEM": lambda a: _of(a.report.vmem_bytes, chips.CHIPS[a.op.case.chip].vmem_bytes),
+        "SMEM": lambda a: _of(a.report.smem_bytes, TPU_SMEM_BYTES),
+        "copies": lambda a: str(len(a.report.copies) or "none"),
+        "pages in place": _in_place,
     }
-    table = [[title, *(cell(a.op, a.report) for a in answers)] for title, cell in rows.items()]
-    return table + [
-        [title, *("-" if a.report.error else cell(a.op, a.report) for a in answers)] for title, cell in good.items()
-    ]
+    names = dict.fromkeys(name for a in answers for name in a.modelled)
+    times = {name: lambda a, name=name: _time(a, name) for name in names}
+    rows = [[title, *map(cell, answers)] for title, cell in always.items()]
+    compiled = compiled | times
+    return rows + [[title, *("-" if a.report.error else cell(a) for a in answers)] for title, cell in compiled.items()]
 
 
-def _in_place(op, report) -> str:
-    if not op.case.update:
+def _time(answer: OpAnswer, name: str) -> str:
+    if name not in answer.modelled:
         return "-"
-    return "yes" if report.alias_bytes == report.page_bytes else "no"
+    microseconds, share = answer.modelled[name]
+    return f"{microseconds:.0f} us, {share:.0%} of " + ("bandwidth" if name.startswith("decode") else "peak")
+
+
+def _time_notes(answer: Answer) -> list[str]:
+    """What the modelled times are, the times of whole steps, and why there are none."""
+    untimed = [f"{a.op.name}: no modelled time: {a.untimed}" for a in answer.ops if a.untimed]
+    steps = [
+        [name, f"{1e3 * step.weights:.1f} ms", f"{1e3 * step.attention:.1f} ms", f"{1e3 * sum(step):.1f} ms"]
+        for name, step in answer.steps.items()
+    ]
+    notes = (
+        ["Times are modelled from the compiled program, not measured."] if any(a.modelled for a in answer.ops) else []
+    )
+    if steps:
+        notes.append(_align([["a step takes at least", "weights", "attention", "both"], *steps]))
+    return notes + ["\n".join(untimed)] * bool(untimed)
+
+
+def _in_place(answer: OpAnswer) -> str:
+    if not answer.op.case.update:
+        return "-"
+    return "yes" if answer.report.alias_bytes == answer.report.page_bytes else "no"
 
 
 def _of(used: int, there: int) -> str:
