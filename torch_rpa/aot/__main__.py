@@ -15,7 +15,7 @@ from importlib.util import find_spec
 
 from torch_rpa import workloads
 from torch_rpa.aot import models, table
-from torch_rpa.aot.answer import answer
+from torch_rpa.aot.answer import answer, whole_model_answer
 from torch_rpa.aot.plan import DEFAULT_CONTEXT, KV_DTYPES, Plan
 from torch_rpa.kernels.chips import CHIPS
 
@@ -37,14 +37,20 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     parser.add_argument("--kv-dtype", choices=KV_DTYPES, default="bfloat16", help="of the cache")
     parser.add_argument("--num-chips", type=_count, help="that heads are shared over (default: 1)")
+    parser.add_argument("--whole-model", action="store_true", help="compile a step of the whole model, on one chip")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args(argv)
 
 
 def plan_of(args: argparse.Namespace) -> Plan:
     """Raises ValueError or NotImplementedError for a model that cannot be read or served."""
+    if args.whole_model and args.heads:
+        raise ValueError("--whole-model needs --model, not --heads")
     model = models.of_name(args.model) if args.model else models.of_heads(args.heads, args.layers)
     known = workloads.MODELS.get(args.model)
+    num_chips = args.num_chips or (known.num_chips if known else 1)
+    if args.whole_model and num_chips > 1:
+        raise ValueError(f"--whole-model compiles for one chip, got --num-chips {num_chips}; leave it out for the ops")
     return Plan(
         chip=args.chip,
         model=model,
@@ -53,7 +59,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
         max_seqs=args.max_seqs,
         max_context=args.max_context or min(DEFAULT_CONTEXT, model.longest or DEFAULT_CONTEXT),
         kv_dtype=args.kv_dtype,
-        num_chips=args.num_chips or (known.num_chips if known else 1),
+        num_chips=num_chips,
     )
 
 
@@ -67,7 +73,7 @@ def main(argv=None) -> int:
     except (ImportError, ValueError, NotImplementedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    found = answer(plan)
+    found = whole_model_answer(plan) if args.whole_model else answer(plan)
     print(table.as_json(found) if args.json else table.text(found))
     return 1 if found.problems else 0
 

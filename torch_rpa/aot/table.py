@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 from torch_rpa.aot.answer import Answer, OpAnswer
 from torch_rpa.aot.plan import CACHE_SHARE, Plan
+from torch_rpa.aot.whole_model import ModelReport
 from torch_rpa.kernels import chips
 from torch_rpa.validation import TPU_SMEM_BYTES
 
@@ -14,9 +15,12 @@ _KIB, _MIB, _GIB = 2**10, 2**20, 2**30
 def text(answer: Answer) -> str:
     """What a person reads: the plan, its memory, a column for each op, and what is wrong."""
     parts = [_heading(answer.plan)]
+    if answer.ops or answer.model:
+        parts.append(_align(_memory_rows(answer.plan)))
     if answer.ops:
-        parts += [_align(_memory_rows(answer.plan)), _align(_op_rows(answer.ops))]
-        parts += _time_notes(answer)
+        parts += [_align(_op_rows(answer.ops)), *_time_notes(answer)]
+    if answer.model:
+        parts.append(_align(_model_rows(answer.model)))
     parts.append("\n".join(f"error: {problem}" for problem in answer.problems) or "It compiles and fits.")
     return "\n\n".join(parts)
 
@@ -26,11 +30,12 @@ def as_json(answer: Answer) -> str:
     plan = answer.plan
     named = ("chip", "num_chips", "page_size", "max_tokens", "max_seqs", "max_context", "kv_dtype")
     known = {name: getattr(plan, name) for name in named} | {"model": plan.model.name, "problems": answer.problems}
-    if answer.ops:
+    if answer.ops or answer.model:
         memory = ("weight_bytes", "token_bytes", "cache_tokens")
         known["memory"] = {"hbm_bytes": chips.CHIPS[plan.chip].hbm_bytes, **{n: getattr(plan, n) for n in memory}}
         known["ops"] = [_op_fields(op) for op in answer.ops]
         known["steps"] = {name: step._asdict() for name, step in answer.steps.items()}
+        known["whole_model"] = answer.model and answer.model._asdict()
     return json.dumps(known, indent=1)
 
 
@@ -80,6 +85,20 @@ def _op_rows(answers: list[OpAnswer]) -> list[list[str]]:
     rows = [[title, *map(cell, answers)] for title, cell in always.items()]
     compiled = compiled | times
     return rows + [[title, *("-" if a.report.error else cell(a) for a in answers)] for title, cell in compiled.items()]
+
+
+def _model_rows(report: ModelReport) -> list[list[str]]:
+    if report.error:
+        return [["a step of the whole model compiles", "no"]]
+    copies = ", ".join(f"{count} x {shape}" for shape, count in report.copies.items())
+    return [
+        ["a step of the whole model compiles", f"yes, in {report.seconds:.0f} s"],
+        ["calls of the attention kernel", f"{report.kernels}"],
+        ["HBM for weights, cache and inputs", f"{report.argument_bytes / _GIB:.2f} GiB"],
+        ["HBM for intermediate results", f"{report.temp_bytes / _MIB:.0f} MiB"],
+        ["cache updated in place", f"{report.updated_bytes / _GIB:.2f} of {report.cache_bytes / _GIB:.2f} GiB"],
+        ["copies", copies or "none"],
+    ]
 
 
 def _time(answer: OpAnswer, name: str) -> str:
