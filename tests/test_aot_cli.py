@@ -1,5 +1,6 @@
 """`python -m torch_rpa.aot`: what a model takes of a chip, and what libtpu makes of its attention."""
 
+import itertools
 import json
 import math
 import re
@@ -19,14 +20,16 @@ TIME = times.OpTime(100.0, 0.5)
 LLAMA = ["--chip", "v6e", "--model", "llama-3-8b"]
 
 
+def good_report(case: OpCase) -> Report:
+    page_bytes = 2 * case.pages_shape[0]
+    return GOOD._replace(page_bytes=page_bytes, alias_bytes=page_bytes * case.update)
+
+
 def run(monkeypatch, *argv, error=None, copies=()):
     """The exit code of the command with a compiler that always says the same."""
 
     def compile_(case: OpCase, dump: str) -> Report:
-        if error:
-            return Report(error, 1.0)
-        page_bytes = 2 * case.pages_shape[0]
-        return GOOD._replace(copies=copies, page_bytes=page_bytes, alias_bytes=page_bytes * case.update)
+        return Report(error, 1.0) if error else good_report(case)._replace(copies=copies)
 
     monkeypatch.setattr(answers, "compile_report", compile_)
     monkeypatch.setattr(answers.times, "modelled_times", lambda case, dump: dict.fromkeys(times.batches(case), TIME))
@@ -165,6 +168,22 @@ def test_a_layer_that_reads_another_ones_pages_needs_no_update_and_no_cache_of_i
 
 def test_every_chip_has_memory_for_a_model_of_its_size():
     assert all(chip.vmem_bytes < chip.hbm_bytes < 2**37 for chip in chips.CHIPS.values())
+
+
+def test_tuning_prints_the_blocks_that_were_tried_the_fastest_first(monkeypatch, capsys):
+    def modelled_times(case, dump):
+        microseconds = 80.0 if case.options.get("num_queries_per_block") == 256 else 100.0
+        return dict.fromkeys(times.batches(case), times.OpTime(microseconds, 0.5))
+
+    monkeypatch.setattr(answers, "compile_report", lambda case, dump: good_report(case))
+    monkeypatch.setattr(answers.times, "modelled_times", modelled_times)
+    assert __main__.main([*LLAMA, "--tune", "--json"]) == 0
+    tuning = json.loads(capsys.readouterr().out)["tuning"]
+    assert {(one["pages"], one["rows"]) for one in tuning} == set(itertools.product((1, 2, 4), (64, 128, 256)))
+    assert [one["rows"] for one in tuning[:3]] == [256] * 3
+    assert [one["ratio"] for one in tuning] == pytest.approx([0.8] * 3 + [1.0] * 6)
+    assert __main__.main([*LLAMA, "--tune"]) == 0
+    assert "1.000, the rule" in capsys.readouterr().out
 
 
 MODEL_REPORT = whole_model.ModelReport(

@@ -15,8 +15,9 @@ from importlib.util import find_spec
 
 from torch_rpa import workloads
 from torch_rpa.aot import models, table
-from torch_rpa.aot.answer import answer, whole_model_answer
+from torch_rpa.aot.answer import Answer, answer, whole_model_answer
 from torch_rpa.aot.plan import DEFAULT_CONTEXT, KV_DTYPES, Plan
+from torch_rpa.aot.tune import Tried, tune
 from torch_rpa.kernels.chips import CHIPS
 
 
@@ -37,6 +38,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     parser.add_argument("--kv-dtype", choices=KV_DTYPES, default="bfloat16", help="of the cache")
     parser.add_argument("--num-chips", type=_count, help="that heads are shared over (default: 1)")
+    parser.add_argument("--tune", action="store_true", help="try other block sizes, too: 8 more compiles at most")
     parser.add_argument("--whole-model", action="store_true", help="compile a step of the whole model, on one chip")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args(argv)
@@ -74,8 +76,15 @@ def main(argv=None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     found = whole_model_answer(plan) if args.whole_model else answer(plan)
-    print(table.as_json(found) if args.json else table.text(found))
+    tried = _tune(found) if args.tune else []
+    print(table.as_json(found, tried) if args.json else table.text(found, tried))
     return 1 if found.problems else 0
+
+
+def _tune(found: Answer) -> list[Tried]:
+    """Of the op that the most layers call; nothing where its time is not known."""
+    timed = [answer for answer in found.ops if answer.modelled and not answer.problem]
+    return tune(max(timed, key=lambda answer: answer.op.num_layers)) if timed else []
 
 
 def _require_libtpu() -> None:

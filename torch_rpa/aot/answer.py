@@ -94,7 +94,7 @@ def answer(plan: Plan, reading: bool = True) -> Answer:
     if plan.problems():
         return Answer(plan)
     ops = tqdm(plan.ops(reading), desc=f"compiling for {plan.chip}", unit="op")
-    return Answer(plan, [_op_answer(op) for op in ops])
+    return Answer(plan, [op_answer(op) for op in ops])
 
 
 def whole_model_answer(plan: Plan) -> Answer:
@@ -107,7 +107,8 @@ def whole_model_answer(plan: Plan) -> Answer:
     return Answer(plan, model=report)
 
 
-def _op_answer(op: PlannedOp) -> OpAnswer:
+def op_answer(op: PlannedOp) -> OpAnswer:
+    """Compile one op, and model its times from libtpu's dumps."""
     with tempfile.TemporaryDirectory(prefix="torch_rpa_") as dump:
         report = compile_report(op.case, dump)
         if report.error:

@@ -1,10 +1,12 @@
 """An ``Answer`` as text for a terminal, and as JSON."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from torch_rpa.aot.answer import Answer, OpAnswer
 from torch_rpa.aot.plan import CACHE_SHARE, Plan
+from torch_rpa.aot.tune import Tried
 from torch_rpa.aot.whole_model import ModelReport
 from torch_rpa.kernels import chips
 from torch_rpa.validation import TPU_SMEM_BYTES
@@ -12,20 +14,22 @@ from torch_rpa.validation import TPU_SMEM_BYTES
 _KIB, _MIB, _GIB = 2**10, 2**20, 2**30
 
 
-def text(answer: Answer) -> str:
+def text(answer: Answer, tried: Sequence[Tried] = ()) -> str:
     """What a person reads: the plan, its memory, a column for each op, and what is wrong."""
     parts = [_heading(answer.plan)]
     if answer.ops or answer.model:
         parts.append(_align(_memory_rows(answer.plan)))
     if answer.ops:
         parts += [_align(_op_rows(answer.ops)), *_time_notes(answer)]
+    if tried:
+        parts.append(_align(_tuning_rows(tried)))
     if answer.model:
         parts.append(_align(_model_rows(answer.model)))
     parts.append("\n".join(f"error: {problem}" for problem in answer.problems) or "It compiles and fits.")
     return "\n\n".join(parts)
 
 
-def as_json(answer: Answer) -> str:
+def as_json(answer: Answer, tried: Sequence[Tried] = ()) -> str:
     """What a program reads: sizes in bytes, times in seconds unless their name says otherwise."""
     plan = answer.plan
     named = ("chip", "num_chips", "page_size", "max_tokens", "max_seqs", "max_context", "kv_dtype")
@@ -35,15 +39,22 @@ def as_json(answer: Answer) -> str:
         known["memory"] = {"hbm_bytes": chips.CHIPS[plan.chip].hbm_bytes, **{n: getattr(plan, n) for n in memory}}
         known["ops"] = [_op_fields(op) for op in answer.ops]
         known["steps"] = {name: step._asdict() for name, step in answer.steps.items()}
+        known["tuning"] = [
+            {**one.blocks._asdict(), "problem": one.answer.problem, "ratio": one.ratio, **_times(one.answer)}
+            for one in tried
+        ]
         known["whole_model"] = answer.model and answer.model._asdict()
     return json.dumps(known, indent=1)
 
 
 def _op_fields(answer: OpAnswer) -> dict:
     named = {"name": answer.op.name, "layers": answer.op.num_layers, "problem": answer.problem}
-    times = {name: time._asdict() for name, time in answer.modelled.items()}
     known = {"case": asdict(answer.op.case), "report": answer.report._asdict()}
-    return named | known | {"modelled": times, "untimed": answer.untimed}
+    return named | known | _times(answer) | {"untimed": answer.untimed}
+
+
+def _times(answer: OpAnswer) -> dict:
+    return {"modelled": {name: time._asdict() for name, time in answer.modelled.items()}}
 
 
 def _heading(plan: Plan) -> str:
@@ -85,6 +96,16 @@ def _op_rows(answers: list[OpAnswer]) -> list[list[str]]:
     rows = [[title, *map(cell, answers)] for title, cell in always.items()]
     compiled = compiled | times
     return rows + [[title, *("-" if a.report.error else cell(a) for a in answers)] for title, cell in compiled.items()]
+
+
+def _tuning_rows(tried: Sequence[Tried]) -> list[list[str]]:
+    names = list(tried[0].answer.modelled)
+    rows = [[f"{tried[0].answer.op.name}: pages a block", "rows a block", *names, "of the rule's time"]]
+    for blocks, answer, ratio, is_rule in tried:
+        times = [_time(answer, name) for name in names]
+        note = answer.problem or "-" if ratio is None else f"{ratio:.3f}" + ", the rule" * is_rule
+        rows.append([str(blocks.pages), str(blocks.rows), *times, note])
+    return rows
 
 
 def _model_rows(report: ModelReport) -> list[list[str]]:
