@@ -26,7 +26,7 @@ PEER_STAMP := $(VENV_NEXT)/.stamp-peer
 NATIVE_SOURCES := $(wildcard csrc_stub/*.cpp csrc_stub/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-next demo test test-next lint format bench soak bench-tpu family-table compile-matrix clean distclean
+.PHONY: help venv venv-next demo test test-next lint format bench soak bench-tpu family-table aot-matrix compile-matrix clean distclean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -70,8 +70,11 @@ soak: $(INSTALL_STAMP) ## serve thousands of random requests on XLA; the counter
 family-table: $(INSTALL_STAMP) ## write the README's table of models from the tests' families
 	@$(BIN)/python tests/hf/family_table.py
 
-bench-tpu: $(INSTALL_STAMP) $(PEER_STAMP) ## model the TPU kernel's time on v6e, v5e and 7x, beside its peers (needs tpusim)
+bench-tpu: $(INSTALL_STAMP) $(PEER_STAMP) ## model the TPU kernel's time on v6e, v5e and 7x, beside its peers (they need tpusim)
 	@$(BIN)/python -m benchmarks.bench_tpu_model --chip v6e v5e 7x --kernels ours v2 v3 $(ARGS)
+
+aot-matrix: $(INSTALL_STAMP) ## write the README's table of models that fit on chips: 20 minutes; goes on where it stopped
+	@$(BIN)/python -m benchmarks.aot_matrix $(ARGS)
 
 compile-matrix: $(INSTALL_STAMP) ## compile the TPU kernel for every chip, model and dtype: 2 hours; goes on where it stopped
 	@$(BIN)/python -m benchmarks.compile_matrix $(ARGS)

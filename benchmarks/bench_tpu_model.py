@@ -1,4 +1,4 @@
-"""Modelled time of the TPU kernel on workloads of Llama-3-8B, without a TPU: libtpu's bundles, executed by tpusim.
+"""Modelled time of the TPU kernel on workloads of Llama-3-8B, without a TPU: libtpu's bundles, executed.
 
     python -m benchmarks.bench_tpu_model --chip v6e                        ours, in about a minute
     python -m benchmarks.bench_tpu_model --kv-dtype bfloat16 int8          a column for each
@@ -9,10 +9,12 @@ Prints Markdown: us, and in brackets the share of HBM bandwidth that useful byte
 FLOP/s that useful FLOPs get (/.xx, the others). Kernels alone, without the layout copies that XLA adds to the peers'
 (ours needs none). 7x, which the pinned libtpu does not know, and v3 are compiled by the newer one of `make venv-next`.
 
-Needs ../shared/tools/tpusim beside the project. The figures compare kernels; nothing here is a measurement.
+Ours are timed by ``torch_rpa.tpu_time``, and by tpusim too where it stands in ../shared/tools beside the project: both
+must agree. The peers need tpusim. The figures compare kernels; nothing here is a measurement.
 """
 
 import argparse
+import importlib
 import itertools
 import json
 import sys
@@ -23,7 +25,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks import peers
-from torch_rpa import workloads
+from torch_rpa import tpu_time, workloads
 from torch_rpa.aot import OpCase, compile_report
 from torch_rpa.kernels.chips import CHIPS
 
@@ -32,6 +34,7 @@ MODELLED = REPO / "torch_rpa" / "modelled.json"
 CHOICES = ("v6e", "v5e", "7x")
 KERNELS = ("ours", "v2", "v3")
 UPDATE = ", update"
+AGREEMENT = 0.01  # 7x: of two published bandwidths
 
 
 def parse_args():
@@ -83,16 +86,26 @@ def bundles_file(folder: str, name: str) -> str:
 def modelled(kernel: str, case: OpCase, tpusim) -> tuple[float, dict[str, float]]:
     """Seconds of compiling, and modelled us of each workload."""
     with tempfile.TemporaryDirectory() as folder:
-        compile_ = compile_ours if kernel == "ours" else lambda *args: peers.compile_peer(kernel, *args)
-        seconds = compile_(case, folder)
-        launches = ("",) if kernel == "ours" else peers.LAUNCHES[kernel]
-        launches = [tpusim.Kernel(bundles_file(folder, name), case.chip) for name in launches]
-        operands = our_scalars if kernel == "ours" else lambda *args: peers.scalars(kernel, *args)
-        times = {
-            name: sum(launch.run(operands(case, batch)).microseconds for launch in launches)
+        if kernel == "ours":
+            return compile_ours(case, folder), our_times(case, folder, tpusim)
+        seconds = peers.compile_peer(kernel, case, folder)
+        launches = [tpusim.Kernel(bundles_file(folder, name), case.chip) for name in peers.LAUNCHES[kernel]]
+        return seconds, {
+            name: sum(launch.run(peers.scalars(kernel, case, batch)).microseconds for launch in launches)
             for name, batch in workloads.batches().items()
         }
-    return seconds, times
+
+
+def our_times(case: OpCase, folder: str, tpusim) -> dict[str, float]:
+    """Modelled us of each workload; where tpusim is there it must say the same within AGREEMENT."""
+    kernel, times = tpu_time.Kernel(folder, case.chip), {}
+    simulated = tpusim and tpusim.Kernel(bundles_file(folder, ""), case.chip)
+    for name, batch in workloads.batches().items():
+        scalars = our_scalars(case, batch)
+        times[name] = kernel.run(scalars).microseconds
+        if simulated and abs(simulated.run(scalars).microseconds / times[name] - 1) > AGREEMENT:
+            raise SystemExit(f"{case}, {name}: tpusim does not agree with {times[name]:.1f} us")
+    return times
 
 
 def our_scalars(case: OpCase, batch) -> list:
@@ -102,7 +115,7 @@ def our_scalars(case: OpCase, batch) -> list:
 
 
 def cell(case: OpCase, batch, microseconds: float) -> str:
-    kv_itemsize = 2 if case.kv_dtype in (None, "bfloat16") else 1
+    kv_itemsize = workloads.itemsize(case.kv_dtype or case.dtype)
     share = workloads.share_of_peak(batch, case.heads, microseconds * 1e-6, CHIPS[case.chip], kv_itemsize)
     if workloads.decodes_only(batch):
         return f"{microseconds:.0f} ({share:.2f})"
@@ -117,14 +130,20 @@ def ratio(columns, column: str, batch_name: str) -> str:
     return f" x {with_update / without:.3f}"
 
 
+def import_tpusim(tools: Path):
+    """The module, or None where it is not."""
+    if not (tools / "tpusim").is_dir():
+        return None
+    sys.path.insert(0, str(tools))
+    return importlib.import_module("tpusim")
+
+
 def main():
     args = parse_args()
-    if not (args.tools / "tpusim").is_dir():
-        print(f"skipped: no tpusim in {args.tools}")
+    tpusim = import_tpusim(args.tools)
+    if tpusim is None and args.kernels != ["ours"]:
+        print(f"skipped: the peers need tpusim, which is not in {args.tools}")
         return
-    sys.path.insert(0, str(args.tools))
-    import tpusim
-
     columns = {}
     for chip, kernel in tqdm(list(itertools.product(args.chip, args.kernels)), unit="kernel"):
         for name, case in cases(kernel, chip, args).items():

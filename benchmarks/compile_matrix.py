@@ -32,7 +32,7 @@ FACTORS = {
 }
 COLUMNS = ("source", *FACTORS, "error", "seconds", "vmem_mib", "copies", "in_place")
 # What decides how a case compiles.
-SOURCES = ("kernels/*.py", "aot.py", "mask.py", "options.py", "validation.py", "workloads.py")
+SOURCES = ("kernels/*.py", "aot/op.py", "mask.py", "options.py", "validation.py", "workloads.py")
 
 
 def all_points() -> list[dict]:
@@ -73,10 +73,10 @@ def case_of(point: dict) -> OpCase:
     )
 
 
-def source_hash() -> str:
+def source_hash(sources=SOURCES) -> str:
     """Of the kernel's sources."""
     package = Path(torch_rpa.__file__).parent
-    files = sorted(file for pattern in SOURCES for file in package.glob(pattern))
+    files = sorted(file for pattern in sources for file in package.glob(pattern))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 

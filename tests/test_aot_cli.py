@@ -1,31 +1,38 @@
 """`python -m torch_rpa.aot`: what a model takes of a chip, and what libtpu makes of its attention."""
 
+import itertools
 import json
+import math
+import re
 import subprocess
 import sys
 
 import pytest
 
 from torch_rpa import workloads
-from torch_rpa.aot import OpCase, Report, __main__, models
+from torch_rpa.aot import OpCase, Report, __main__, models, times, whole_model
 from torch_rpa.aot import answer as answers
 from torch_rpa.aot.plan import Plan
 from torch_rpa.kernels import chips
 
 GOOD = Report(None, 7.0, vmem_bytes=30 * 2**20, smem_bytes=2**14, block_keys=256, block_rows=128)
+TIME = times.OpTime(100.0, 0.5)
 LLAMA = ["--chip", "v6e", "--model", "llama-3-8b"]
+
+
+def good_report(case: OpCase) -> Report:
+    page_bytes = 2 * case.pages_shape[0]
+    return GOOD._replace(page_bytes=page_bytes, alias_bytes=page_bytes * case.update)
 
 
 def run(monkeypatch, *argv, error=None, copies=()):
     """The exit code of the command with a compiler that always says the same."""
 
-    def compile_(case: OpCase) -> Report:
-        if error:
-            return Report(error, 1.0)
-        page_bytes = 2 * case.pages_shape[0]
-        return GOOD._replace(copies=copies, page_bytes=page_bytes, alias_bytes=page_bytes * case.update)
+    def compile_(case: OpCase, dump: str) -> Report:
+        return Report(error, 1.0) if error else good_report(case)._replace(copies=copies)
 
     monkeypatch.setattr(answers, "compile_report", compile_)
+    monkeypatch.setattr(answers.times, "modelled_times", lambda case, dump: dict.fromkeys(times.batches(case), TIME))
     return __main__.main([*map(str, argv)])
 
 
@@ -46,6 +53,7 @@ def test_a_model_that_fits_is_a_table_and_exit_code_0(monkeypatch, capsys):
     assert found["SMEM"] == ["16 KiB of 1 MiB"] * 2
     assert found["copies"] == ["none"] * 2
     assert found["pages in place"] == ["-", "yes"]
+    assert "decode 13 x 8192" in found, "as many full sequences as the cache holds"
 
 
 def test_json_has_the_same_facts(monkeypatch, capsys):
@@ -160,6 +168,73 @@ def test_a_layer_that_reads_another_ones_pages_needs_no_update_and_no_cache_of_i
 
 def test_every_chip_has_memory_for_a_model_of_its_size():
     assert all(chip.vmem_bytes < chip.hbm_bytes < 2**37 for chip in chips.CHIPS.values())
+
+
+def test_tuning_prints_the_blocks_that_were_tried_the_fastest_first(monkeypatch, capsys):
+    def modelled_times(case, dump):
+        microseconds = 80.0 if case.options.get("num_queries_per_block") == 256 else 100.0
+        return dict.fromkeys(times.batches(case), times.OpTime(microseconds, 0.5))
+
+    monkeypatch.setattr(answers, "compile_report", lambda case, dump: good_report(case))
+    monkeypatch.setattr(answers.times, "modelled_times", modelled_times)
+    assert __main__.main([*LLAMA, "--tune", "--json"]) == 0
+    tuning = json.loads(capsys.readouterr().out)["tuning"]
+    assert {(one["pages"], one["rows"]) for one in tuning} == set(itertools.product((1, 2, 4), (64, 128, 256)))
+    assert [one["rows"] for one in tuning[:3]] == [256] * 3
+    assert [one["ratio"] for one in tuning] == pytest.approx([0.8] * 3 + [1.0] * 6)
+    assert __main__.main([*LLAMA, "--tune"]) == 0
+    assert "1.000, the rule" in capsys.readouterr().out
+
+
+MODEL_REPORT = whole_model.ModelReport(
+    None, 90.0, kernels=32, argument_bytes=28 * 2**30, updated_bytes=2**33, cache_bytes=2**33, copies={"bf16[64]": 2}
+)
+
+
+def test_a_whole_model_is_a_table_of_its_own(monkeypatch, capsys):
+    monkeypatch.setattr(answers, "model_report", lambda plan: MODEL_REPORT)
+    assert __main__.main([*LLAMA, "--whole-model"]) == 0
+    found = rows(capsys.readouterr().out)
+    assert found["calls of the attention kernel"] == ["32"]
+    assert found["HBM for weights, cache and inputs"] == ["28.00 GiB"]
+    assert found["copies"] == ["2 x bf16[64]"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"error": "XlaRuntimeError: Ran out of memory in memory space hbm"}, "--num-chips"),
+        ({"updated_bytes": 2**32}, "the cache is copied"),
+    ],
+)
+def test_a_whole_model_that_fails_or_copies_its_cache_exits_with_1(monkeypatch, capsys, changes, problem):
+    monkeypatch.setattr(answers, "model_report", lambda plan: MODEL_REPORT._replace(**changes))
+    assert __main__.main([*LLAMA, "--whole-model", "--json"]) == 1
+    (found,) = json.loads(capsys.readouterr().out)["problems"]
+    assert problem in found
+
+
+@pytest.mark.parametrize(
+    ("argv", "option"),
+    [([*LLAMA, "--num-chips", "2"], "--num-chips"), (["--chip", "v6e", "--heads", "8/8/128"], "--heads")],
+)
+def test_what_a_whole_model_cannot_be_compiled_with_is_refused(capsys, argv, option):
+    assert __main__.main([*argv, "--whole-model"]) == 1
+    assert option in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_step_of_a_whole_model_compiles_with_its_cache_in_place_and_without_its_weights(tmp_path):
+    pytest.importorskip("libtpu")
+    config = workloads.MODELS["llama-3-8b"].config | {"num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    report = whole_model.model_report(Plan("v6e", models.of_name(str(tmp_path)), max_tokens=64))
+    assert report.error is None
+    assert report.kernels == 2
+    assert report.updated_bytes == report.cache_bytes
+    assert report.argument_bytes > 15 * 2**30, "weights and cache of a chip, far more than this process may hold"
+    sizes = [math.prod(map(int, re.findall(r"\d+", shape.partition("[")[2]))) for shape in report.copies]
+    assert max(sizes, default=0) <= 64 * 4096, "of rows of the step, not of weights or of the cache"
 
 
 @pytest.mark.slow

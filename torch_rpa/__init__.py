@@ -11,8 +11,9 @@ __all__ = []
 
 if find_spec("torch") is not None:
     from torch_rpa import sharding
+    from torch_rpa.compilation_cache import use_compilation_cache
     from torch_rpa.merge import merge_attention_states
     from torch_rpa.ops import check_batch
     from torch_rpa.pages import empty_kv_pages
 
-    __all__ += ["check_batch", "empty_kv_pages", "merge_attention_states", "sharding"]
+    __all__ += ["check_batch", "empty_kv_pages", "merge_attention_states", "sharding", "use_compilation_cache"]

@@ -57,8 +57,8 @@ def traced_program(results, updated=()) -> Program:
     return Program(hlo, tuple(parameters.index(xla._xla_get_tensor_id(tensor)) for tensor in updated))
 
 
-def compile_program(program: Program, topology_name: str):
-    """The program as libtpu compiles it for all chips of a topology such as "v5e:2x2".
+def compile_program(program: Program, topology_name: str, num_chips: int | None = None):
+    """The program as libtpu compiles it for all chips of a topology such as "v5e:2x2", or for its first ``num_chips``.
 
     Needs the environment of ``torch_rpa.aot``, set before JAX is imported. (PyTorch/XLA's own conversion drops what is
     donated, so it is put back here; https://openxla.org/xla names the build options.)
@@ -71,7 +71,7 @@ def compile_program(program: Program, topology_name: str):
     from jax.experimental import topologies
     from jaxlib import _jax, xla_client
 
-    devices = topologies.get_topology_desc(topology_name=topology_name, platform="tpu").devices
+    devices = topologies.get_topology_desc(topology_name=topology_name, platform="tpu").devices[:num_chips]
     options = xla_client.CompileOptions()
     options.num_replicas, options.num_partitions = 1, len(devices)
     options.device_assignment = xla_client.DeviceAssignment.create(np.arange(len(devices)).reshape(1, -1))

@@ -89,6 +89,11 @@ def metadata(batch, page_size: int, max_num_seqs: int, context: int, num_pages: 
     return [kv_lens, table, cu_q_lens, np.array([len(batch)], np.int32)]
 
 
+def itemsize(dtype: str) -> int:
+    """Bytes of one element of a dtype that pages may have."""
+    return {"float32": 4, "bfloat16": 2}.get(dtype, 1)
+
+
 def decodes_only(batch) -> bool:
     """Whether every sequence has one new token: then HBM bounds the time, otherwise the matrix units may."""
     return all(q_len == 1 for q_len, _ in batch)

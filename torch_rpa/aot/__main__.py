@@ -15,11 +15,10 @@ from importlib.util import find_spec
 
 from torch_rpa import workloads
 from torch_rpa.aot import models, table
-from torch_rpa.aot.answer import answer
-from torch_rpa.aot.plan import KV_ITEMSIZES, Plan
+from torch_rpa.aot.answer import Answer, answer, whole_model_answer
+from torch_rpa.aot.plan import DEFAULT_CONTEXT, KV_DTYPES, Plan
+from torch_rpa.aot.tune import Tried, tune
 from torch_rpa.kernels.chips import CHIPS
-
-_DEFAULT_CONTEXT = 8192
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -35,27 +34,34 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=_count, default=512, help="rows of a step (default: 512)")
     parser.add_argument("--max-seqs", type=_count, default=64, help="sequences at a time (default: 64)")
     parser.add_argument(
-        "--max-context", type=_count, help=f"tokens of a sequence (default: {_DEFAULT_CONTEXT}, or the model's limit)"
+        "--max-context", type=_count, help=f"tokens of a sequence (default: {DEFAULT_CONTEXT}, or the model's limit)"
     )
-    parser.add_argument("--kv-dtype", choices=KV_ITEMSIZES, default="bfloat16", help="of the cache")
+    parser.add_argument("--kv-dtype", choices=KV_DTYPES, default="bfloat16", help="of the cache")
     parser.add_argument("--num-chips", type=_count, help="that heads are shared over (default: 1)")
+    parser.add_argument("--tune", action="store_true", help="try other block sizes, too: 8 more compiles at most")
+    parser.add_argument("--whole-model", action="store_true", help="compile a step of the whole model, on one chip")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args(argv)
 
 
 def plan_of(args: argparse.Namespace) -> Plan:
     """Raises ValueError or NotImplementedError for a model that cannot be read or served."""
+    if args.whole_model and args.heads:
+        raise ValueError("--whole-model needs --model, not --heads")
     model = models.of_name(args.model) if args.model else models.of_heads(args.heads, args.layers)
     known = workloads.MODELS.get(args.model)
+    num_chips = args.num_chips or (known.num_chips if known else 1)
+    if args.whole_model and num_chips > 1:
+        raise ValueError(f"--whole-model compiles for one chip, got --num-chips {num_chips}; leave it out for the ops")
     return Plan(
         chip=args.chip,
         model=model,
         page_size=args.page_size,
         max_tokens=args.max_tokens,
         max_seqs=args.max_seqs,
-        max_context=args.max_context or min(_DEFAULT_CONTEXT, model.longest or _DEFAULT_CONTEXT),
+        max_context=args.max_context or min(DEFAULT_CONTEXT, model.longest or DEFAULT_CONTEXT),
         kv_dtype=args.kv_dtype,
-        num_chips=args.num_chips or (known.num_chips if known else 1),
+        num_chips=num_chips,
     )
 
 
@@ -69,9 +75,16 @@ def main(argv=None) -> int:
     except (ImportError, ValueError, NotImplementedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    found = answer(plan)
-    print(table.as_json(found) if args.json else table.text(found))
+    found = whole_model_answer(plan) if args.whole_model else answer(plan)
+    tried = _tune(found) if args.tune else []
+    print(table.as_json(found, tried) if args.json else table.text(found, tried))
     return 1 if found.problems else 0
+
+
+def _tune(found: Answer) -> list[Tried]:
+    """Of the op that the most layers call; nothing where its time is not known."""
+    timed = [answer for answer in found.ops if answer.modelled and not answer.problem]
+    return tune(max(timed, key=lambda answer: answer.op.num_layers)) if timed else []
 
 
 def _require_libtpu() -> None:

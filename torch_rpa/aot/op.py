@@ -136,7 +136,7 @@ def compile_report(case: OpCase, dump_to=None, python: str = sys.executable) -> 
     if result.returncode == 0:
         fields = json.loads(result.stdout.splitlines()[-1])
         return Report(**fields | {"copies": tuple(fields["copies"])})
-    return Report(_reason(result), round(time.perf_counter() - start, 1))
+    return Report(failure(result), round(time.perf_counter() - start, 1))
 
 
 def report(case: OpCase) -> Report:
@@ -265,7 +265,7 @@ def _options(case: OpCase) -> dict:
     return {"sm_scale": case.heads[2] ** -0.5, **case.options}
 
 
-def _reason(result: subprocess.CompletedProcess) -> str:
+def failure(result: subprocess.CompletedProcess) -> str:
     """Why a process failed, in one line: its exception, or the last that it said before a crash."""
     lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
     exceptions = [line for line in lines if _EXCEPTION.match(line)]

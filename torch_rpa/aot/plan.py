@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass
 
+from torch_rpa import workloads
 from torch_rpa.aot.models import LayerKind, ModelFacts
 from torch_rpa.aot.op import OpCase
 from torch_rpa.kernels import chips
 from torch_rpa.validation import PAGE_SIZES, TPU_MAX_TABLE_BYTES
 
-KV_ITEMSIZES = {"bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1}
+KV_DTYPES = ("bfloat16", "float8_e4m3fn", "float8_e5m2", "int8")
 DTYPE = "bfloat16"  # of weights and queries
+DEFAULT_CONTEXT = 8192
 CACHE_SHARE = 0.8  # of what the weights leave: the engine takes as much, and keeps the rest for a step's activations
 
 
@@ -21,7 +23,7 @@ class Plan:
         max_tokens: rows of a step.
         max_seqs: sequences at a time.
         max_context: tokens of one sequence.
-        kv_dtype: of the cache, a key of ``KV_ITEMSIZES``.
+        kv_dtype: of the cache, one of ``KV_DTYPES``.
     """
 
     chip: str
@@ -29,7 +31,7 @@ class Plan:
     page_size: int = 128
     max_tokens: int = 512
     max_seqs: int = 64
-    max_context: int = 8192
+    max_context: int = DEFAULT_CONTEXT
     kv_dtype: str = DTYPE
     num_chips: int = 1
 
@@ -61,7 +63,7 @@ class Plan:
     def token_bytes(self) -> int:
         """Of one chip's cache, for one token in all layers."""
         layers = ((*self.heads_of_one_chip(kind), count) for kind, count in self.model.layers.items() if kind.writes)
-        return KV_ITEMSIZES[self.kv_dtype] * sum(2 * heads * dim * count for _, heads, dim, count in layers)
+        return workloads.itemsize(self.kv_dtype) * sum(2 * heads * dim * count for _, heads, dim, count in layers)
 
     @property
     def cache_tokens(self) -> int:
@@ -74,11 +76,12 @@ class Plan:
         num_q_heads, num_kv_heads, head_dim = kind.heads
         return num_q_heads // self.num_chips, max(1, num_kv_heads // self.num_chips), head_dim
 
-    def ops(self) -> list["PlannedOp"]:
-        """What to compile: both ops for each kind of layer, only the reading one where a layer writes nothing."""
+    def ops(self, reading: bool = True) -> list["PlannedOp"]:
+        """What to compile for each kind of layer: the op that its steps call and, if ``reading``, the one that only
+        reads for layers that write, too."""
         found = []
         for kind, count in self.model.layers.items():
-            for update in (False, True) if kind.writes else (False,):
+            for update in (False, True) if kind.writes and reading else (kind.writes,):
                 name = ("update" if update else "read") + (f", window {kind.window}" if kind.window else "")
                 name = _unlike(name, [op.name for op in found])
                 found.append(PlannedOp(name, self._case(kind, update), count if update == kind.writes else 0))

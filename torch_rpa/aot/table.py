@@ -1,40 +1,60 @@
 """An ``Answer`` as text for a terminal, and as JSON."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from torch_rpa.aot.answer import Answer, OpAnswer
 from torch_rpa.aot.plan import CACHE_SHARE, Plan
+from torch_rpa.aot.tune import Tried
+from torch_rpa.aot.whole_model import ModelReport
 from torch_rpa.kernels import chips
 from torch_rpa.validation import TPU_SMEM_BYTES
 
 _KIB, _MIB, _GIB = 2**10, 2**20, 2**30
 
 
-def text(answer: Answer) -> str:
+def text(answer: Answer, tried: Sequence[Tried] = ()) -> str:
     """What a person reads: the plan, its memory, a column for each op, and what is wrong."""
     parts = [_heading(answer.plan)]
+    if answer.ops or answer.model:
+        parts.append(_align(_memory_rows(answer.plan)))
     if answer.ops:
-        parts += [_align(_memory_rows(answer.plan)), _align(_op_rows(answer.ops))]
+        parts += [_align(_op_rows(answer.ops)), *_time_notes(answer)]
+    if tried:
+        parts.append(_align(_tuning_rows(tried)))
+    if answer.model:
+        parts.append(_align(_model_rows(answer.model)))
     parts.append("\n".join(f"error: {problem}" for problem in answer.problems) or "It compiles and fits.")
     return "\n\n".join(parts)
 
 
-def as_json(answer: Answer) -> str:
-    """What a program reads: sizes in bytes, times in seconds."""
+def as_json(answer: Answer, tried: Sequence[Tried] = ()) -> str:
+    """What a program reads: sizes in bytes, times in seconds unless their name says otherwise."""
     plan = answer.plan
     named = ("chip", "num_chips", "page_size", "max_tokens", "max_seqs", "max_context", "kv_dtype")
     known = {name: getattr(plan, name) for name in named} | {"model": plan.model.name, "problems": answer.problems}
-    if answer.ops:
+    if answer.ops or answer.model:
         memory = ("weight_bytes", "token_bytes", "cache_tokens")
         known["memory"] = {"hbm_bytes": chips.CHIPS[plan.chip].hbm_bytes, **{n: getattr(plan, n) for n in memory}}
         known["ops"] = [_op_fields(op) for op in answer.ops]
+        known["steps"] = {name: step._asdict() for name, step in answer.steps.items()}
+        known["tuning"] = [
+            {**one.blocks._asdict(), "problem": one.answer.problem, "ratio": one.ratio, **_times(one.answer)}
+            for one in tried
+        ]
+        known["whole_model"] = answer.model and answer.model._asdict()
     return json.dumps(known, indent=1)
 
 
 def _op_fields(answer: OpAnswer) -> dict:
     named = {"name": answer.op.name, "layers": answer.op.num_layers, "problem": answer.problem}
-    return named | {"case": asdict(answer.op.case), "report": answer.report._asdict()}
+    known = {"case": asdict(answer.op.case), "report": answer.report._asdict()}
+    return named | known | _times(answer) | {"untimed": answer.untimed}
+
+
+def _times(answer: OpAnswer) -> dict:
+    return {"modelled": {name: time._asdict() for name, time in answer.modelled.items()}}
 
 
 def _heading(plan: Plan) -> str:
@@ -57,30 +77,77 @@ def _memory_rows(plan: Plan) -> list[list[str]]:
 
 
 def _op_rows(answers: list[OpAnswer]) -> list[list[str]]:
-    rows = {
-        "op": lambda op, report: op.name,
-        "layers": lambda op, report: str(op.num_layers or "-"),
-        "compiles": lambda op, report: "no" if report.error else "yes",
-        "compile time": lambda op, report: f"{report.seconds:.0f} s",
+    always = {
+        "op": lambda a: a.op.name,
+        "layers": lambda a: str(a.op.num_layers or "-"),
+        "compiles": lambda a: "no" if a.report.error else "yes",
+        "compile time": lambda a: f"{a.report.seconds:.0f} s",
     }
-    good = {
-        "block of keys": lambda op, report: f"{report.block_keys}",
-        "block of rows": lambda op, report: f"{report.block_rows}",
-        "VMEM": lambda op, report: _of(report.vmem_bytes, chips.CHIPS[op.case.chip].vmem_bytes),
-        "SMEM": lambda op, report: _of(report.smem_bytes, TPU_SMEM_BYTES),
-        "copies": lambda op, report: str(len(report.copies) or "none"),
-        "pages in place": lambda op, report: _in_place(op, report),
+    compiled = {
+        "keys at a time": lambda a: str(a.report.block_keys),
+        "rows at a time": lambda a: str(a.report.block_rows),
+        "VMEM": lambda a: _of(a.report.vmem_bytes, chips.CHIPS[a.op.case.chip].vmem_bytes),
+        "SMEM": lambda a: _of(a.report.smem_bytes, TPU_SMEM_BYTES),
+        "copies": lambda a: str(len(a.report.copies) or "none"),
+        "pages in place": _in_place,
     }
-    table = [[title, *(cell(a.op, a.report) for a in answers)] for title, cell in rows.items()]
-    return table + [
-        [title, *("-" if a.report.error else cell(a.op, a.report) for a in answers)] for title, cell in good.items()
+    names = dict.fromkeys(name for a in answers for name in a.modelled)
+    times = {name: lambda a, name=name: _time(a, name) for name in names}
+    rows = [[title, *map(cell, answers)] for title, cell in always.items()]
+    compiled = compiled | times
+    return rows + [[title, *("-" if a.report.error else cell(a) for a in answers)] for title, cell in compiled.items()]
+
+
+def _tuning_rows(tried: Sequence[Tried]) -> list[list[str]]:
+    names = list(tried[0].answer.modelled)
+    rows = [[f"{tried[0].answer.op.name}: pages a block", "rows a block", *names, "of the rule's time"]]
+    for blocks, answer, ratio, is_rule in tried:
+        times = [_time(answer, name) for name in names]
+        note = answer.problem or "-" if ratio is None else f"{ratio:.3f}" + ", the rule" * is_rule
+        rows.append([str(blocks.pages), str(blocks.rows), *times, note])
+    return rows
+
+
+def _model_rows(report: ModelReport) -> list[list[str]]:
+    if report.error:
+        return [["a step of the whole model compiles", "no"]]
+    copies = ", ".join(f"{count} x {shape}" for shape, count in report.copies.items())
+    return [
+        ["a step of the whole model compiles", f"yes, in {report.seconds:.0f} s"],
+        ["calls of the attention kernel", f"{report.kernels}"],
+        ["HBM for weights, cache and inputs", f"{report.argument_bytes / _GIB:.2f} GiB"],
+        ["HBM for intermediate results", f"{report.temp_bytes / _MIB:.0f} MiB"],
+        ["cache updated in place", f"{report.updated_bytes / _GIB:.2f} of {report.cache_bytes / _GIB:.2f} GiB"],
+        ["copies", copies or "none"],
     ]
 
 
-def _in_place(op, report) -> str:
-    if not op.case.update:
+def _time(answer: OpAnswer, name: str) -> str:
+    if name not in answer.modelled:
         return "-"
-    return "yes" if report.alias_bytes == report.page_bytes else "no"
+    microseconds, share = answer.modelled[name]
+    return f"{microseconds:.0f} us, {share:.0%} of " + ("bandwidth" if name.startswith("decode") else "peak")
+
+
+def _time_notes(answer: Answer) -> list[str]:
+    """What the modelled times are, the times of whole steps, and why there are none."""
+    untimed = [f"{a.op.name}: no modelled time: {a.untimed}" for a in answer.ops if a.untimed]
+    steps = [
+        [name, f"{1e3 * step.weights:.1f} ms", f"{1e3 * step.attention:.1f} ms", f"{1e3 * sum(step):.1f} ms"]
+        for name, step in answer.steps.items()
+    ]
+    notes = (
+        ["Times are modelled from the compiled program, not measured."] if any(a.modelled for a in answer.ops) else []
+    )
+    if steps:
+        notes.append(_align([["a step takes at least", "weights", "attention", "both"], *steps]))
+    return notes + ["\n".join(untimed)] * bool(untimed)
+
+
+def _in_place(answer: OpAnswer) -> str:
+    if not answer.op.case.update:
+        return "-"
+    return "yes" if answer.report.alias_bytes == answer.report.page_bytes else "no"
 
 
 def _of(used: int, there: int) -> str:
