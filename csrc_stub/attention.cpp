@@ -11,7 +11,8 @@
 //
 // The products take float32, or, for as few rows as decode has, bfloat16, which they widen in registers and values of
 // which they read where they stand. Everything else is copied as float32 in [A] and [D]: many rows would widen it many
-// times. Both ways give the same bits.
+// times. Both ways give the same bits. Meanwhile the next block is asked for: by the products if rows are few, else by
+// the copying, as products of many rows have better things to do.
 //
 // The rows of a matrix are the tile's query rows times the query heads that share the KV head. Keys that no row of the
 // tile sees are never touched: not even multiplied by a weight of 0, which would make NaN of NaN.
@@ -139,12 +140,21 @@ Block locate(const Problem& problem, const Tile& tile, int64_t first_key, int64_
   return block;
 }
 
-// Two steps for each key and head, one when the key is loaded and one when the value is.
+// What the products of a head read of pages of this kind.
+template <typename Page, bool kFewRows>
+using OperandOf = std::conditional_t<kFewRows && std::is_same_v<Page, c10::BFloat16>, Page, float>;
+
+// The next block, in as many steps as a whole one takes: see load_keys, find_values and attend_block.
+template <typename Operand, bool kFewRows>
 Prefetch prefetch_of(const Problem& problem, const Tile& tile, const Block& next) {
   const int64_t head_bytes = 2 * problem.head_dim * c10::elementSize(problem.page_dtype);
+  const int64_t key_rows = problem.head_dim / WordRows<Operand>::kPerRow;
+  const int64_t steps = kFewRows
+      ? steps_of(key_rows, kBlockKeys) + steps_of(kBlockKeys, padded_head_dim(problem))
+      : 2 * kBlockKeys;
   return {
-      next.tokens, next.num_keys, tile.first_head * head_bytes, tile.end_head * head_bytes, /*steps_per_token=*/
-      2 * (tile.end_head - tile.first_head)};
+      next.tokens, next.num_keys, tile.first_head * head_bytes, tile.end_head * head_bytes,
+      steps * (tile.end_head - tile.first_head)};
 }
 
 // Whether keys i .. i + kLanes are all of the block and stand on one page, that is at even distances.
@@ -154,9 +164,9 @@ bool on_one_page(const Problem& problem, const Block& block, int64_t i) {
 
 // [A] The keys of a head, transposed: as 32-bit words, which hold one to four elements, and are taken apart unless the
 // product does that. Columns past the last key hold anything, and so do the scores that come of them.
-template <typename Page, typename Operand>
+template <typename Page, typename Operand, typename Step>
 WordRows<Operand> load_keys(
-    const Problem& problem, const Block& block, int64_t head, const Scratch& scratch, Prefetch& prefetch) {
+    const Problem& problem, const Block& block, int64_t head, const Scratch& scratch, const Step& step) {
   const int64_t num_words = problem.head_dim * sizeof(Page) / sizeof(float);
   float* const words = std::is_same_v<Page, Operand> ? scratch.keys : scratch.tokens;
   for (int64_t i = 0; i < block.num_keys; i += kLanes) {
@@ -171,7 +181,7 @@ WordRows<Operand> load_keys(
       in = reinterpret_cast<const char*>(scratch.copies);
       stride = num_words;
     }
-    prefetch.advance(kLanes);
+    step(kLanes);
     transpose_words(reinterpret_cast<const float*>(in), stride, words + i, kBlockKeys, num_words);
   }
   if constexpr (!std::is_same_v<Page, Operand>) {
@@ -181,14 +191,14 @@ WordRows<Operand> load_keys(
 }
 
 // [D] The values of a head: fills `rows` with where each stands.
-template <typename Page, typename Operand>
+template <typename Page, typename Operand, typename Step>
 Rows<Operand> find_values(
     const Problem& problem, const Block& block, int64_t head, const Scratch& scratch, const Operand** rows,
-    Prefetch& prefetch) {
+    const Step& step) {
   const int64_t head_dim = problem.head_dim, stride = padded_head_dim(problem);
   const bool in_place = std::is_same_v<Page, Operand> && head_dim == stride;  // else a vector would end past the row
   for (int64_t i = 0; i < block.num_keys; ++i) {
-    prefetch.advance(1);
+    step(1);
     const Page* const value = reinterpret_cast<const Page*>(block.tokens[i]) + (2 * head + 1) * head_dim;
     Operand* const copy = reinterpret_cast<Operand*>(scratch.tokens) + i * stride;
     if (!in_place) {
@@ -222,37 +232,48 @@ void weigh(
   }
 }
 
-template <typename Page, typename Operand>
+template <typename Page, bool kFewRows>
 void attend_block(
     const Problem& problem, const Tile& tile, const Block& block, const Scratch& scratch, const State& state,
     Prefetch& prefetch) {
+  using Operand = OperandOf<Page, kFewRows>;
   const int64_t head_dim = padded_head_dim(problem);
   const int64_t matrix_rows = tile.matrix_rows(problem.group());
   const int64_t padded_keys = round_up(block.num_keys, kLanes);
   const Operand* value_rows[kBlockKeys];
+  const auto when_copied = [&](int64_t tokens) {
+    if constexpr (!kFewRows) {
+      prefetch.advance(tokens);
+    }
+  };
+  const auto when_multiplied = [&] {
+    if constexpr (kFewRows) {
+      prefetch.advance(1);
+    }
+  };
   for (int64_t head = tile.first_head; head < tile.end_head; ++head) {
     const int64_t state_row = (head - tile.first_head) * matrix_rows;
-    const auto keys = load_keys<Page, Operand>(problem, block, head, scratch, prefetch);
+    const auto keys = load_keys<Page, Operand>(problem, block, head, scratch, when_copied);
     multiply(
         scratch.q + state_row * head_dim, head_dim, keys, scratch.scores, kBlockKeys, matrix_rows,
-        problem.head_dim / keys.kPerRow, padded_keys, /*add=*/false);
+        problem.head_dim / keys.kPerRow, padded_keys, /*add=*/false, when_multiplied);
     weigh(problem, tile, block, state, state_row, scratch.scores);
-    const auto values = find_values<Page>(problem, block, head, scratch, value_rows, prefetch);
+    const auto values = find_values<Page>(problem, block, head, scratch, value_rows, when_copied);
     multiply(
         scratch.scores, kBlockKeys, values, state.sums + state_row * state.stride, state.stride, matrix_rows,
-        block.num_keys, head_dim, /*add=*/true);
+        block.num_keys, head_dim, /*add=*/true, when_multiplied);
   }
 }
 
-template <typename Page, typename Operand>
+template <typename Page, bool kFewRows>
 void attend_keys(
     const Problem& problem, const Tile& tile, int64_t first_key, int64_t end_key, const Scratch& scratch,
     const State& state) {
   Block block = locate(problem, tile, first_key, end_key);
   while (block.num_keys > 0) {
     const Block next = locate(problem, tile, block.first_key + block.num_keys, end_key);
-    Prefetch prefetch = prefetch_of(problem, tile, next);
-    attend_block<Page, Operand>(problem, tile, block, scratch, state, prefetch);
+    Prefetch prefetch = prefetch_of<OperandOf<Page, kFewRows>, kFewRows>(problem, tile, next);
+    attend_block<Page, kFewRows>(problem, tile, block, scratch, state, prefetch);
     block = next;
   }
 }
@@ -302,12 +323,9 @@ void attend(const Problem& problem, const Tile& tile, int64_t item, float* parti
   const int64_t end_key = std::min(tile.end_key, first_key + tile.keys_per_item);
   with_type(problem.page_dtype, [&](auto type) {
     using Page = decltype(type);
-    if constexpr (std::is_same_v<Page, c10::BFloat16>) {
-      if (tile.matrix_rows(problem.group()) <= kTileRows) {  // each element is widened once
-        return attend_keys<Page, Page>(problem, tile, first_key, end_key, scratch, state);
-      }
-    }
-    attend_keys<Page, float>(problem, tile, first_key, end_key, scratch, state);
+    const bool few_rows = tile.matrix_rows(problem.group()) <= kTileRows;  // the products take each key once
+    const auto attend = few_rows ? attend_keys<Page, true> : attend_keys<Page, false>;
+    attend(problem, tile, first_key, end_key, scratch, state);
   });
   if (tile.num_items == 1) {
     finish(problem, tile, state);

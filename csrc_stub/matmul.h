@@ -21,10 +21,10 @@ namespace CPU_CAPABILITY {
 constexpr int kTileRows = 6;
 constexpr int kTileVecs = kLanes == 16 ? 4 : 2;
 
-template <int kRows, int kVecs, typename B>
+template <int kRows, int kVecs, typename B, typename Step>
 inline void multiply_tile(
     const float* a, int64_t a_stride, const B& b, int64_t column, int64_t num_b_rows, float* c, int64_t c_stride,
-    bool add) {
+    bool add, const Step& step) {
   Vec sums[kRows][kVecs];
   for (int row = 0; row < kRows; ++row) {
     for (int v = 0; v < kVecs; ++v) {
@@ -32,6 +32,7 @@ inline void multiply_tile(
     }
   }
   for (int64_t b_row = 0; b_row < num_b_rows; ++b_row) {
+    step();
     for (int element = 0; element < B::kPerRow; ++element) {
       Vec b_vecs[kVecs];
       for (int v = 0; v < kVecs; ++v) {
@@ -52,18 +53,18 @@ inline void multiply_tile(
   }
 }
 
-template <int kVecs, typename B>
+template <int kVecs, typename B, typename Step>
 inline void multiply_columns(
     const float* a, int64_t a_stride, const B& b, int64_t column, int64_t num_b_rows, float* c, int64_t c_stride,
-    int64_t num_rows, bool add) {
+    int64_t num_rows, bool add, const Step& step) {
   int64_t row = 0;
   for (; row + kTileRows <= num_rows; row += kTileRows) {
     multiply_tile<kTileRows, kVecs>(
-        a + row * a_stride, a_stride, b, column, num_b_rows, c + row * c_stride, c_stride, add);
+        a + row * a_stride, a_stride, b, column, num_b_rows, c + row * c_stride, c_stride, add, step);
   }
   const auto rest = [&](auto rows) {
     multiply_tile<decltype(rows)::value, kVecs>(
-        a + row * a_stride, a_stride, b, column, num_b_rows, c + row * c_stride, c_stride, add);
+        a + row * a_stride, a_stride, b, column, num_b_rows, c + row * c_stride, c_stride, add, step);
   };
   switch (num_rows - row) {
     case 5: return rest(std::integral_constant<int, 5>());
@@ -74,17 +75,24 @@ inline void multiply_columns(
   }
 }
 
+// How often multiply calls step for no more than kTileRows rows of c.
+constexpr int64_t steps_of(int64_t num_b_rows, int64_t num_columns) {
+  constexpr int64_t kTileColumns = kTileVecs * kLanes;
+  return num_b_rows * (num_columns / kTileColumns + num_columns % kTileColumns / kLanes);
+}
+
 // c[num_rows, num_columns] = a[num_rows, num_b_rows * kPerRow] b, or += if add. num_columns is a multiple of kLanes.
-template <typename B>
+// step() is called all along, as often as steps_of says: to ask for memory, say.
+template <typename B, typename Step>
 inline void multiply(
     const float* a, int64_t a_stride, const B& b, float* c, int64_t c_stride, int64_t num_rows, int64_t num_b_rows,
-    int64_t num_columns, bool add) {
+    int64_t num_columns, bool add, const Step& step) {
   int64_t column = 0;
   for (; column + kTileVecs * kLanes <= num_columns; column += kTileVecs * kLanes) {
-    multiply_columns<kTileVecs>(a, a_stride, b, column, num_b_rows, c, c_stride, num_rows, add);
+    multiply_columns<kTileVecs>(a, a_stride, b, column, num_b_rows, c, c_stride, num_rows, add, step);
   }
   for (; column < num_columns; column += kLanes) {
-    multiply_columns<1>(a, a_stride, b, column, num_b_rows, c, c_stride, num_rows, add);
+    multiply_columns<1>(a, a_stride, b, column, num_b_rows, c, c_stride, num_rows, add, step);
   }
 }
 
