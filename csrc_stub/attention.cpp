@@ -3,11 +3,16 @@
 // For each block of keys, and each KV head of the tile:
 //
 //        keys of the head, on pages              [block keys, head_dim], any page dtype
-//    [A] load as float32, transposed             [head_dim, block keys]
+//    [A] transpose                               [head_dim, block keys]
 //    [B] scores = q keys^T                       [matrix rows, block keys]
 //    [C] soft cap, mask, online softmax          scores become weights; sums of earlier blocks shrink
-//    [D] load the values as float32              [block keys, head_dim]; read in place if they are that already
+//    [D] find the values                         [block keys, head_dim]
 //    [E] sums += weights values                  [matrix rows, head_dim]
+//
+// The products take float32, or, for as few rows as decode has, bfloat16, which they widen in registers and values of
+// which they read where they stand. Everything else is copied as float32 in [A] and [D]: many rows would widen it many
+// times. Both ways give the same bits. Meanwhile the next block is asked for: by the products if rows are few, else by
+// the copying, as products of many rows have better things to do.
 //
 // The rows of a matrix are the tile's query rows times the query heads that share the KV head. Keys that no row of the
 // tile sees are never touched: not even multiplied by a weight of 0, which would make NaN of NaN.
@@ -27,7 +32,6 @@ namespace {
 
 constexpr int64_t kBlockKeys = 64;
 static_assert(kBlockKeys % kLanes == 0);
-constexpr int64_t kMostHeadDim = 256;  // as torch_rpa/validation.py and attention_op.cpp check
 
 // State of a tile's rows: those of its first head, then those of the next.
 struct State {
@@ -136,12 +140,21 @@ Block locate(const Problem& problem, const Tile& tile, int64_t first_key, int64_
   return block;
 }
 
-// Two steps for each key and head, one when the key is loaded and one when the value is.
+// What the products of a head read of pages of this kind.
+template <typename Page, bool kFewRows>
+using OperandOf = std::conditional_t<kFewRows && std::is_same_v<Page, c10::BFloat16>, Page, float>;
+
+// The next block, in as many steps as a whole one takes: see load_keys, find_values and attend_block.
+template <typename Operand, bool kFewRows>
 Prefetch prefetch_of(const Problem& problem, const Tile& tile, const Block& next) {
   const int64_t head_bytes = 2 * problem.head_dim * c10::elementSize(problem.page_dtype);
+  const int64_t key_rows = problem.head_dim / WordRows<Operand>::kPerRow;
+  const int64_t steps = kFewRows
+      ? steps_of(key_rows, kBlockKeys) + steps_of(kBlockKeys, padded_head_dim(problem))
+      : 2 * kBlockKeys;
   return {
-      next.tokens, next.num_keys, tile.first_head * head_bytes, tile.end_head * head_bytes, /*steps_per_token=*/
-      2 * (tile.end_head - tile.first_head)};
+      next.tokens, next.num_keys, tile.first_head * head_bytes, tile.end_head * head_bytes,
+      steps * (tile.end_head - tile.first_head)};
 }
 
 // Whether keys i .. i + kLanes are all of the block and stand on one page, that is at even distances.
@@ -149,12 +162,13 @@ bool on_one_page(const Problem& problem, const Block& block, int64_t i) {
   return i + kLanes <= block.num_keys && (block.first_key + i) % problem.page_size + kLanes <= problem.page_size;
 }
 
-// [A] The keys of a head, transposed: as 32-bit words, which hold one to four elements, that are then taken apart.
-// Columns past the last key hold anything, and so do the scores that come of them.
-template <typename Page>
-void load_keys(const Problem& problem, const Block& block, int64_t head, const Scratch& scratch, Prefetch& prefetch) {
+// [A] The keys of a head, transposed: as 32-bit words, which hold one to four elements, and are taken apart unless the
+// product does that. Columns past the last key hold anything, and so do the scores that come of them.
+template <typename Page, typename Operand, typename Step>
+WordRows<Operand> load_keys(
+    const Problem& problem, const Block& block, int64_t head, const Scratch& scratch, const Step& step) {
   const int64_t num_words = problem.head_dim * sizeof(Page) / sizeof(float);
-  float* const words = std::is_same_v<Page, float> ? scratch.keys : scratch.tokens;
+  float* const words = std::is_same_v<Page, Operand> ? scratch.keys : scratch.tokens;
   for (int64_t i = 0; i < block.num_keys; i += kLanes) {
     const int64_t head_bytes = 2 * head * problem.head_dim * sizeof(Page);
     const char* in = block.tokens[i] + head_bytes;
@@ -167,32 +181,32 @@ void load_keys(const Problem& problem, const Block& block, int64_t head, const S
       in = reinterpret_cast<const char*>(scratch.copies);
       stride = num_words;
     }
-    prefetch.advance(kLanes);
+    step(kLanes);
     transpose_words(reinterpret_cast<const float*>(in), stride, words + i, kBlockKeys, num_words);
   }
-  if constexpr (!std::is_same_v<Page, float>) {
+  if constexpr (!std::is_same_v<Page, Operand>) {
     expand_words<Page>(words, scratch.keys, kBlockKeys, num_words, round_up(block.num_keys, kLanes));
   }
+  return {scratch.keys, kBlockKeys};
 }
 
 // [D] The values of a head: fills `rows` with where each stands.
-template <typename Page>
-void load_values(
-    const Problem& problem, const Block& block, int64_t head, const Scratch& scratch, const float** rows,
-    Prefetch& prefetch) {
+template <typename Page, typename Operand, typename Step>
+Rows<Operand> find_values(
+    const Problem& problem, const Block& block, int64_t head, const Scratch& scratch, const Operand** rows,
+    const Step& step) {
   const int64_t head_dim = problem.head_dim, stride = padded_head_dim(problem);
+  const bool in_place = std::is_same_v<Page, Operand> && head_dim == stride;  // else a vector would end past the row
   for (int64_t i = 0; i < block.num_keys; ++i) {
-    prefetch.advance(1);
+    step(1);
     const Page* const value = reinterpret_cast<const Page*>(block.tokens[i]) + (2 * head + 1) * head_dim;
-    if constexpr (std::is_same_v<Page, float>) {
-      if (head_dim == stride) {
-        rows[i] = value;
-        continue;
-      }
+    Operand* const copy = reinterpret_cast<Operand*>(scratch.tokens) + i * stride;
+    if (!in_place) {
+      copy_row(value, copy, head_dim);
     }
-    load_row(value, scratch.tokens + i * stride, head_dim);
-    rows[i] = scratch.tokens + i * stride;
+    rows[i] = in_place ? reinterpret_cast<const Operand*>(value) : copy;
   }
+  return {rows};
 }
 
 // [C] The scores of a head, a row for each query row and member of the group, become weights.
@@ -218,28 +232,49 @@ void weigh(
   }
 }
 
-template <typename Page>
+template <typename Page, bool kFewRows>
 void attend_block(
     const Problem& problem, const Tile& tile, const Block& block, const Scratch& scratch, const State& state,
     Prefetch& prefetch) {
+  using Operand = OperandOf<Page, kFewRows>;
   const int64_t head_dim = padded_head_dim(problem);
   const int64_t matrix_rows = tile.matrix_rows(problem.group());
   const int64_t padded_keys = round_up(block.num_keys, kLanes);
-  const float* b_rows[std::max(kBlockKeys, kMostHeadDim)];
+  const Operand* value_rows[kBlockKeys];
+  const auto when_copied = [&](int64_t tokens) {
+    if constexpr (!kFewRows) {
+      prefetch.advance(tokens);
+    }
+  };
+  const auto when_multiplied = [&] {
+    if constexpr (kFewRows) {
+      prefetch.advance(1);
+    }
+  };
   for (int64_t head = tile.first_head; head < tile.end_head; ++head) {
     const int64_t state_row = (head - tile.first_head) * matrix_rows;
-    load_keys<Page>(problem, block, head, scratch, prefetch);
-    for (int64_t d = 0; d < problem.head_dim; ++d) {
-      b_rows[d] = scratch.keys + d * kBlockKeys;
-    }
+    const auto keys = load_keys<Page, Operand>(problem, block, head, scratch, when_copied);
     multiply(
-        scratch.q + state_row * head_dim, head_dim, b_rows, scratch.scores, kBlockKeys, matrix_rows,
-        problem.head_dim, padded_keys, /*add=*/false);
+        scratch.q + state_row * head_dim, head_dim, keys, scratch.scores, kBlockKeys, matrix_rows,
+        problem.head_dim / keys.kPerRow, padded_keys, /*add=*/false, when_multiplied);
     weigh(problem, tile, block, state, state_row, scratch.scores);
-    load_values<Page>(problem, block, head, scratch, b_rows, prefetch);
+    const auto values = find_values<Page>(problem, block, head, scratch, value_rows, when_copied);
     multiply(
-        scratch.scores, kBlockKeys, b_rows, state.sums + state_row * state.stride, state.stride, matrix_rows,
-        block.num_keys, head_dim, /*add=*/true);
+        scratch.scores, kBlockKeys, values, state.sums + state_row * state.stride, state.stride, matrix_rows,
+        block.num_keys, head_dim, /*add=*/true, when_multiplied);
+  }
+}
+
+template <typename Page, bool kFewRows>
+void attend_keys(
+    const Problem& problem, const Tile& tile, int64_t first_key, int64_t end_key, const Scratch& scratch,
+    const State& state) {
+  Block block = locate(problem, tile, first_key, end_key);
+  while (block.num_keys > 0) {
+    const Block next = locate(problem, tile, block.first_key + block.num_keys, end_key);
+    Prefetch prefetch = prefetch_of<OperandOf<Page, kFewRows>, kFewRows>(problem, tile, next);
+    attend_block<Page, kFewRows>(problem, tile, block, scratch, state, prefetch);
+    block = next;
   }
 }
 
@@ -287,13 +322,10 @@ void attend(const Problem& problem, const Tile& tile, int64_t item, float* parti
   const int64_t first_key = tile.first_key + item * tile.keys_per_item;
   const int64_t end_key = std::min(tile.end_key, first_key + tile.keys_per_item);
   with_type(problem.page_dtype, [&](auto type) {
-    Block block = locate(problem, tile, first_key, end_key);
-    while (block.num_keys > 0) {
-      const Block next = locate(problem, tile, block.first_key + block.num_keys, end_key);
-      Prefetch prefetch = prefetch_of(problem, tile, next);
-      attend_block<decltype(type)>(problem, tile, block, scratch, state, prefetch);
-      block = next;
-    }
+    using Page = decltype(type);
+    const bool few_rows = tile.matrix_rows(problem.group()) <= kTileRows;  // the products take each key once
+    const auto attend = few_rows ? attend_keys<Page, true> : attend_keys<Page, false>;
+    attend(problem, tile, first_key, end_key, scratch, state);
   });
   if (tile.num_items == 1) {
     finish(problem, tile, state);

@@ -1,10 +1,18 @@
 // The Python module torch_rpa._C and the schemas of its operators, all of them private to torch_rpa.
 //
-// The module is empty: importing it loads this library, whose static initialisers register the operators with
-// PyTorch as torch.ops.rpa_native. Their kernels stand in files of their own.
+// Importing the module loads this library, whose static initialisers register the operators with PyTorch as
+// torch.ops.rpa_native. Their kernels stand in files of their own. The module itself holds one number.
 
 #include <Python.h>
 #include <torch/library.h>
+
+namespace {
+
+// To be raised with every change of the schemas, here and in torch_rpa/native.py: so that it can tell a library that was
+// built from older sources.
+constexpr long kInterface = 1;
+
+}  // namespace
 
 TORCH_LIBRARY(rpa_native, m) {
   // The meaning of the arguments is that of torch.ops.rpa, with scales folded: score_scale = sm_scale * k_scale.
@@ -22,5 +30,10 @@ TORCH_LIBRARY(rpa_native, m) {
 
 PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
-  return PyModule_Create(&module);
+  PyObject* const created = PyModule_Create(&module);
+  if (created != nullptr && PyModule_AddIntConstant(created, "interface", kInterface) < 0) {
+    Py_DECREF(created);
+    return nullptr;
+  }
+  return created;
 }

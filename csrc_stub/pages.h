@@ -1,4 +1,4 @@
-// Keys and values from the pages of a KV cache, as float32.
+// Keys and values from the pages of a KV cache, as float32, and as the operands of a product (matmul.h).
 
 #pragma once
 
@@ -6,10 +6,12 @@
 
 #include "problem.h"
 
+#include <ATen/cpu/vec/functional_bfloat16.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Float8_e4m3fn.h>
 #include <c10/util/Float8_e5m2.h>
 #include <c10/util/Half.h>
+#include <c10/util/Unroll.h>
 
 #include <cstring>
 #include <type_traits>
@@ -75,13 +77,39 @@ inline void load_row(const Page* in, float* __restrict out, int64_t n) {
   }
 }
 
+// n elements as Element: as they are, or as float32.
+template <typename Page, typename Element>
+inline void copy_row(const Page* in, Element* out, int64_t n) {
+  if constexpr (std::is_same_v<Page, Element>) {
+    std::memcpy(out, in, n * sizeof(Page));
+  } else {
+    load_row(in, out, n);
+  }
+}
+
 // ---- Keys, transposed -----------------------------------------------------------------------------------------
+
+// Transposes a square of words: rows first and last half are interleaved as often as it takes to halve them to one. All in
+// registers, which at::vec::transpose_mxn is not.
+inline void transpose_square(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+  using Unroll = c10::ForcedUnroll<kLanes>;
+  using UnrollHalf = c10::ForcedUnroll<kLanes / 2>;
+  Vec rows[kLanes], next[kLanes];
+  Unroll{}([&](auto i) { rows[i] = Vec::loadu(in + i * in_stride); });
+  c10::ForcedUnroll<__builtin_ctz(kLanes)>{}([&](auto) {
+    UnrollHalf{}([&](auto i) {
+      std::tie(next[2 * i], next[2 * i + 1]) = at::vec::interleave2<float>(rows[i], rows[i + kLanes / 2]);
+    });
+    Unroll{}([&](auto i) { rows[i] = next[i]; });
+  });
+  Unroll{}([&](auto i) { rows[i].store(out + i * out_stride); });
+}
 
 // Copies 32-bit words: column i of out = row i of in, for kLanes rows of num_words words; strides are in words.
 inline void transpose_words(const float* in, int64_t in_stride, float* out, int64_t out_stride, int64_t num_words) {
   int64_t word = 0;
   for (; word + kLanes <= num_words; word += kLanes) {
-    at::vec::transpose_mxn<float, kLanes, kLanes>(in + word, in_stride, out + word * out_stride, out_stride);
+    transpose_square(in + word, in_stride, out + word * out_stride, out_stride);
   }
   for (; word < num_words; ++word) {
     for (int64_t i = 0; i < kLanes; ++i) {
@@ -104,6 +132,47 @@ inline void expand_words(const float* in, float* __restrict out, int64_t stride,
     }
   }
 }
+
+// ---- Operands -------------------------------------------------------------------------------------------------
+
+// Rows of elements, such as values where they stand on the pages.
+template <typename Element>
+struct Rows {
+  const Element* const* rows;
+
+  static constexpr int kPerRow = 1;
+
+  Vec load(int64_t row, int /*element*/, int64_t column) const {
+    if constexpr (std::is_same_v<Element, float>) {
+      return Vec::loadu(rows[row] + column);
+    } else {
+      Vec vec;
+      at::vec::load_to_float<Element>(rows[row] + column, vec);
+      return vec;
+    }
+  }
+};
+
+// Rows of 32-bit words that each hold the elements of several rows, the first one lowest: transposed keys.
+template <typename Element>
+struct WordRows {
+  const float* words;
+  int64_t stride;
+
+  static constexpr int kPerRow = sizeof(float) / sizeof(Element);
+
+  Vec load(int64_t row, int element, int64_t column) const {
+    const float* const place = words + row * stride + column;
+    if constexpr (std::is_same_v<Element, float>) {
+      return Vec::loadu(place);
+    } else {
+      static_assert(std::is_same_v<Element, c10::BFloat16>, "the upper half of a float32");
+      using Words = at::vec::Vectorized<int32_t>;
+      const Words word = Words::loadu(place);
+      return at::vec::cast<float>(element == 0 ? word << Words(16) : word & Words(static_cast<int32_t>(0xffff0000)));
+    }
+  }
+};
 
 // Calls function(Page()) with the C++ type of a dtype.
 template <typename Function>

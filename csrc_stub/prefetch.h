@@ -5,26 +5,28 @@
 
 #pragma once
 
-#include <cstdint>
+#include "vectors.h"
 
 namespace torch_rpa {
 namespace CPU_CAPABILITY {
 
 class Prefetch {
  public:
-  // Bytes first_byte .. end_byte of each token, in steps_per_token steps.
-  Prefetch(const char* const* tokens, int64_t num_tokens, int64_t first_byte, int64_t end_byte, int64_t steps_per_token)
+  // Bytes first_byte .. end_byte of each token, in no more than num_steps steps.
+  Prefetch(const char* const* tokens, int64_t num_tokens, int64_t first_byte, int64_t end_byte, int64_t num_steps)
       : tokens_(tokens),
         end_(tokens + num_tokens),
         byte_(first_byte),
         first_byte_(first_byte),
         end_byte_(end_byte),
-        lines_per_step_((end_byte - first_byte) / (kLineBytes * steps_per_token) + 1) {}
+        bytes_per_step_(round_up((end_byte - first_byte) * num_tokens / num_steps + 1, kLineBytes)) {}
 
   void advance(int64_t steps) {
-    for (int64_t line = 0; line < steps * lines_per_step_ && tokens_ < end_; ++line) {
-      __builtin_prefetch(*tokens_ + byte_, /*for writing=*/0, /*locality: second-level cache=*/2);
-      byte_ += kLineBytes;
+    for (; steps > 0 && tokens_ < end_; --steps) {
+      for (int64_t byte = byte_; byte < byte_ + bytes_per_step_; byte += kLineBytes) {  // past the end is no error
+        __builtin_prefetch(*tokens_ + byte, /*for writing=*/0, /*locality: second-level cache=*/2);
+      }
+      byte_ += bytes_per_step_;
       if (byte_ >= end_byte_) {
         byte_ = first_byte_;
         ++tokens_;
@@ -37,7 +39,7 @@ class Prefetch {
 
   const char* const* tokens_;
   const char* const* end_;
-  int64_t byte_, first_byte_, end_byte_, lines_per_step_;
+  int64_t byte_, first_byte_, end_byte_, bytes_per_step_;
 };
 
 }  // namespace CPU_CAPABILITY

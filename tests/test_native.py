@@ -2,9 +2,11 @@
 
 import shlex
 import shutil
+import sys
 import sysconfig
 import threading
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -153,6 +155,14 @@ def test_environment_turns_native_off_at_each_call(monkeypatch):
     assert not native.is_available()
     monkeypatch.setenv("TORCH_RPA_NATIVE", "1")
     assert native.is_available()
+
+
+def test_an_extension_built_from_older_sources_is_not_used(monkeypatch):
+    monkeypatch.setattr(native, "_loaded", None)
+    monkeypatch.setitem(sys.modules, "torch_rpa._C", ModuleType("torch_rpa._C"))
+    with pytest.warns(UserWarning, match=r"built from other sources: its interface is 0, not \d+.*pip install"):
+        assert not native.is_available()
+    assert not native.is_available()  # and says so once
 
 
 @needs_native

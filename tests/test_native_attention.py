@@ -91,6 +91,26 @@ def test_results_are_the_same_bits_with_any_number_of_threads(options, heads, th
             assert torch.equal(bytes_of(single), bytes_of(several))
 
 
+@pytest.mark.parametrize("head_dim", [8, 24, 64, 72, 128, 136, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_alone_has_the_bits_that_it_has_among_many(dtype, head_dim):
+    """As when all tokens of a prompt but the last stand in shared pages: decode reads bfloat16 in a way of its own."""
+    batch = make_batch(((300, 300),), heads=(4, 2, head_dim), dtype=dtype, spare_rows=0, spare_seqs=0)
+    among_many = batch.read(sm_scale=head_dim**-0.5)
+    alone = torch.ops.rpa.ragged_paged_attention_with_lse(
+        batch.q[299:],
+        batch.kv_pages,
+        batch.kv_lens,
+        batch.page_indices,
+        torch.tensor([0, 1], dtype=torch.int32),
+        batch.num_seqs,
+        sm_scale=head_dim**-0.5,
+    )
+    assert_matches_oracle(batch, *among_many, sm_scale=head_dim**-0.5)
+    for one, many in zip(alone, among_many, strict=True):
+        assert torch.equal(one[0], many[299])
+
+
 def test_more_partial_results_than_fit_at_once_are_merged_in_waves():
     """40 sequences in 8 items each, of 128 rows of 256 floats, pass the limit of 32 MiB."""
     alone = make_batch(((1, 2048),), heads=(128, 8, 256), page_size=256, dtype=torch.bfloat16)

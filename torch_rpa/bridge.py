@@ -1,4 +1,4 @@
-"""From XLA tensors to JAX: the only module that imports torch_xla, and the seam for another bridge beside it.
+"""From XLA tensors to JAX, and what else the ops ask of torch_xla: the seam for another bridge beside it.
 
 torch_xla's call_jax lowers a JAX function, hands the HLO to PyTorch/XLA as a computation, and adds a call of it to the
 lazy graph. The same three steps are taken here, but the first two once for each static configuration (shapes, dtypes,

@@ -16,6 +16,7 @@ from torch_rpa.options import AttentionOptions
 
 __all__ = ["attend", "attend_update_", "is_available", "write_kv_pages_"]
 
+_INTERFACE = 1  # of the extension that these functions call; csrc_stub/module.cpp has the same number
 _lock = threading.Lock()
 _loaded: bool | None = None  # None until the first use in this process
 
@@ -93,7 +94,7 @@ def attend_update_(
         num_seqs,
         sinks,
         options.sm_scale,
-        1.0 if options.k_scale is None else options.k_scale,
+        options.key_scale,
         options.value_scale,
         options.causal,
         _window(options),
@@ -139,11 +140,14 @@ def _window(options: AttentionOptions) -> int | None:
 def _load() -> bool:
     """Import the extension, which registers its operators; warn and return False if that is not possible."""
     try:
-        importlib.import_module("torch_rpa._C")
-    except ImportError as error:  # not built, or built for another torch (undefined symbols)
+        extension = importlib.import_module("torch_rpa._C")
+        interface = getattr(extension, "interface", 0)
+        if interface != _INTERFACE:
+            raise ImportError(f"it was built from other sources: its interface is {interface}, not {_INTERFACE}")
+    except ImportError as error:  # also: not built, or built for another torch (undefined symbols)
         warnings.warn(
             "torch_rpa runs in pure Python, which is slower on CPU: its native extension cannot be used "
-            f"({error}). To build it, install a C++ compiler and Python's headers, and run `pip install "
+            f"({error}). To build it anew, install a C++ compiler and Python's headers, and run `pip install "
             "--no-build-isolation .` in torch_rpa's source tree. TORCH_RPA_NATIVE=0 silences this.",
             stacklevel=3,
         )

@@ -38,13 +38,18 @@ class AttentionOptions:
         return {"causal": self.causal, "sliding_window": self.sliding_window}
 
     @property
+    def key_scale(self) -> float:
+        """What a stored key is multiplied by, and a new one divided by."""
+        return 1.0 if self.k_scale is None else self.k_scale
+
+    @property
     def score_scale(self) -> float:
         """What the dot product of a query and a stored key is multiplied by."""
-        return self.sm_scale * (1.0 if self.k_scale is None else self.k_scale)
+        return self.sm_scale * self.key_scale
 
     @property
     def value_scale(self) -> float:
-        """What a weighted sum of stored values is multiplied by."""
+        """What a weighted sum of stored values is multiplied by, and a new value divided by."""
         return 1.0 if self.v_scale is None else self.v_scale
 
     def within(self, max_kv_len: int) -> "AttentionOptions":

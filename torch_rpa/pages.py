@@ -8,7 +8,7 @@ A token's *slot* is ``page * page_size + offset``: its row when the pages are se
 
 import torch
 
-from torch_rpa import native, sharding
+from torch_rpa import sharding
 from torch_rpa.validation import (
     FLOAT_DTYPES,
     MAX_HEAD_DIM,
@@ -122,11 +122,6 @@ def write_kv_pages_(
     v_scale: float | None,
 ) -> None:
     """Write k and v [num_tokens, num_kv_heads, head_dim] to their slots, in place; slot -1 is skipped."""
-    if native.is_available():
-        native.write_kv_pages_(
-            kv_pages, k, v, slots, 1.0 if k_scale is None else k_scale, 1.0 if v_scale is None else v_scale
-        )
-        return
     rows = torch.nonzero(slots >= 0)[:, 0]
     tokens = heads_view(kv_pages, k.shape[2]).flatten(0, 1)  # [slots, 2 * num_kv_heads, head_dim]
     new = torch.empty((len(rows), *tokens.shape[1:]), dtype=kv_pages.dtype)

@@ -3,8 +3,6 @@
 Lazy tensors trace every step anew only to find, by a hash, the program that they compiled before. For a model that
 costs tens of milliseconds a step. Here the hash and the program's inputs are kept from the first trace, as torch_xla's
 own backend for torch.compile keeps them, but without Dynamo: what is traced is the model as it stands.
-
-Beside `bridge` the only module that imports torch_xla.
 """
 
 from collections.abc import Callable, Iterable
