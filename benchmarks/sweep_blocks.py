@@ -4,13 +4,12 @@
     python -m benchmarks.sweep_blocks --table            print the table of benchmarks/sweep_blocks.csv
 
 One compile of a model's attention for a chip gives the time of decode (the geometric mean over the decode batches of
-``workloads.py``) and of prefill (over the others). Needs tpusim, as ``bench_tpu_model`` does; nothing is measured.
+``workloads.py``) and of prefill (over the others), by ``torch_rpa.tpu_time``; nothing is measured.
 """
 
 import argparse
 import csv
 import itertools
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +18,7 @@ from statistics import geometric_mean
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.bench_tpu_model import REPO, bundles_file
-from torch_rpa import workloads
+from torch_rpa import tpu_time, workloads
 from torch_rpa.aot.op import OpCase, compile_report, kernel_config
 
 RESULTS = Path(__file__).with_suffix(".csv")
@@ -40,23 +38,23 @@ def case_of(chip: str, name: str, choice: str) -> OpCase:
     return replace(case, options=model.options | {"num_kv_pages_per_block": pages})
 
 
-def modelled(case: OpCase, tpusim) -> dict[str, float | str]:
+def modelled(case: OpCase) -> dict[str, float | str]:
     """Modelled us of the two kinds of batches, or why there are none."""
     with tempfile.TemporaryDirectory() as folder:
         report = compile_report(case, folder)
         if report.error:
             return {"error": report.error.splitlines()[0][:100]}
         try:
-            return {"block_keys": report.block_keys} | _times(case, tpusim.Kernel(bundles_file(folder, ""), case.chip))
-        except tpusim.UnknownOp as error:
-            return {"block_keys": report.block_keys, "error": f"not modelled: {str(error)[:40]}"}
+            return {"block_keys": report.block_keys} | _times(case, tpu_time.Kernel(folder, case.chip))
+        except NotImplementedError as error:
+            return {"block_keys": report.block_keys, "error": f"not modelled: {error}"}
 
 
 def _times(case: OpCase, kernel) -> dict[str, float]:
     times = {"decode_us": [], "prefill_us": []}
     for batch in workloads.batches().values():
         scalars = [x.reshape(-1) for x in workloads.metadata(batch, case.page_size, case.max_num_seqs, case.context)]
-        scalars += [np.zeros(case.heads[0], np.float32)] * case.sinks
+        scalars += [np.zeros(case.heads[0], np.int32)] * case.sinks
         kind = "decode_us" if workloads.decodes_only(batch) else "prefill_us"
         times[kind].append(kernel.run(scalars).microseconds)
     return {kind: round(geometric_mean(us), 1) for kind, us in times.items()}
@@ -69,7 +67,7 @@ def read_results() -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def sweep(points, tpusim) -> None:
+def sweep(points) -> None:
     """Model the points that the results do not have yet; each is written at once."""
     rows = read_results()
     done = {tuple(row[name] for name in COLUMNS[:3]) for row in rows}
@@ -78,7 +76,7 @@ def sweep(points, tpusim) -> None:
         writer.writeheader()
         writer.writerows(rows)
         for point in tqdm([point for point in points if point not in done], unit="compile"):
-            writer.writerow(dict(zip(COLUMNS, point, strict=False)) | modelled(case_of(*point), tpusim))
+            writer.writerow(dict(zip(COLUMNS, point, strict=False)) | modelled(case_of(*point)))
             file.flush()
 
 
@@ -113,14 +111,10 @@ def main():
     parser.add_argument("--chip", nargs="+", choices=CHIPS, default=CHIPS)
     parser.add_argument("--model", nargs="+", choices=workloads.MODELS, default=list(workloads.MODELS))
     parser.add_argument("--choice", nargs="+", choices=CHOICES, default=list(CHOICES))
-    parser.add_argument("--tools", type=Path, default=REPO.parent / "shared" / "tools", help="where tpusim is")
     parser.add_argument("--table", action="store_true", help="compile nothing")
     args = parser.parse_args()
     if not args.table:
-        sys.path.insert(0, str(args.tools))
-        import tpusim
-
-        sweep(itertools.product(args.chip, args.model, args.choice), tpusim)
+        sweep(itertools.product(args.chip, args.model, args.choice))
     print(table(read_results()))
 
 
