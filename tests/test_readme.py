@@ -35,7 +35,7 @@ def test_the_transformers_example_runs_as_printed(xla, capsys):
     from torch_rpa.hf import smollm2
 
     smollm2.load()  # converts the model once
-    exec(example("torch_rpa.hf.patch"), {"folder": str(smollm2._model_folder())})
+    exec(example("torch_rpa.hf.unpatch(model)"), {"folder": str(smollm2._model_folder())})
     assert "Paris" in capsys.readouterr().out
 
 

@@ -55,6 +55,7 @@ FAMILIES = {
     "norms_over_all_heads": ("olmo2", {"num_key_value_heads": 4}),
     "sinks_and_experts": ("gpt-oss", {"num_key_value_heads": 4}),
     "experts": ("mixtral", {}),
+    "experts_that_do_not_divide": ("mixtral", {"num_local_experts": 6, "num_experts": 6}),
 }
 
 
@@ -94,6 +95,13 @@ def test_biases_and_experts_go_with_their_weights(mesh):
     assert layer["self_attn.o_proj.bias"] == layer["self_attn.sinks"] == layer["mlp.router.weight"] == ""
     assert {layer["mlp.experts.gate_up_proj"], layer["mlp.experts.down_proj"]} == {EXPERTS}
     assert {layer["mlp.experts.gate_up_proj_bias"], layer["mlp.experts.down_proj_bias"]} == {COLUMNS}
+
+
+def test_experts_that_chips_cannot_share_are_cut_themselves(mesh):
+    model = sharded_model(mesh, "mixtral", num_local_experts=6, num_experts=6)
+    experts = model.model.layers[0].mlp.experts
+    assert sharding_of(experts.gate_up_proj) == "{devices=[1,4,1]0,1,2,3}"
+    assert sharding_of(experts.down_proj) == "{devices=[1,1,4]0,1,2,3}"
 
 
 def test_a_vocabulary_that_does_not_divide_stands_on_every_chip(mesh):
@@ -249,6 +257,15 @@ def test_a_model_that_went_to_the_cpu_and_back_is_sharded_again(mesh):
     assert list(map(sharding_of, model.parameters())) == before
     hf.unpatch(model.to("cpu"))
     assert plain_greedy(model, PROMPTS, 6) == expected
+
+
+def test_a_module_put_in_after_the_first_step_is_sharded_too(mesh):
+    model, changed = sharded_model(mesh), make_model()
+    model.generate_batch(PROMPTS, max_new_tokens=2)
+    changed.lm_head = make_model(seed=1).lm_head
+    model.lm_head = make_model(seed=1).lm_head.to("xla")
+    assert tokens(model.generate_batch(PROMPTS, max_new_tokens=4)) == plain_greedy(changed, PROMPTS, 4)
+    assert sharding_of(model.lm_head.weight) == COLUMNS
 
 
 REFUSED = {

@@ -34,6 +34,7 @@ class ModelRunner:
         self.pages_per_seq = pages_for(self.max_tokens_per_seq, config.page_size)
         self._cache: PagedKVCache | None = None
         self._xla_steps = None
+        self._sharded_weights = [] if config.heads is None else tensor_parallel.shard(model, config.heads)
 
     @property
     def num_compilations(self) -> int:
@@ -79,12 +80,10 @@ class ModelRunner:
         return (pages.device, pages.dtype) != (self.model.device, self._kv_dtype)
 
     def check_weights(self) -> None:
-        """Trace the model anew if it has other tensors than before, and shard those that are new; to be called when
-        nothing runs."""
-        if self.config.heads is not None:
-            tensor_parallel.shard(self.model, self.config.heads)
-        if self._xla_steps is not None:
-            self._xla_steps.forget(unless_same_weights=True)
+        """Trace the model anew if it has other tensors than before, and shard those; to be called when nothing runs."""
+        has_others = self._xla_steps is not None and self._xla_steps.forget(unless_same_weights=True)
+        if self.config.heads is not None and (has_others or not tensor_parallel.are_sharded(self._sharded_weights)):
+            self._sharded_weights = tensor_parallel.shard(self.model, self.config.heads)
 
     def drop_cache(self) -> None:
         """Let the pages go: after a failure they may hang on half of a traced step."""

@@ -6,7 +6,7 @@ cross chips, so a plan decides how much is held and sent, never what comes out. 
 
     q, k, v, gate, up      [out, in]           outputs over chips; k and v on every chip where chips are more than heads
     o, down                [out, in]           inputs over chips, then one all-reduce
-    experts                [experts, ., .]     experts over chips, then one all-reduce
+    experts                [experts, ., .]     experts over chips, or each one's columns; then one all-reduce
     embedding, lm_head     [vocabulary, .]     vocabulary over chips, then one all-reduce, one all-gather of the logits
 
 A weight whose dimension the chips cannot share evenly stands on every chip, like norms and other small ones.
@@ -47,13 +47,16 @@ def sharded_dims(model: PreTrainedModel, heads: HeadSharding) -> dict[str, int]:
     config = model.config
     heads.check_q_heads(config.num_attention_heads)
     heads.stored_kv_heads(num_kv_heads_of(config))
-    plan = {**(model.tp_plan or {}), **(model.ep_plan or {})}
+    plans = [
+        model.ep_plan or {},
+        model.tp_plan or {},
+    ]  # where chips cannot share experts, they share each one's columns
     dims = {}
     for name, parameter in model.named_parameters():
-        dim = _dim(name, parameter, plan)
-        is_even = dim is not None and parameter.shape[dim] % heads.num_chips == 0
-        if is_even and not _splits_kv_heads(name, config, heads):
-            dims[name] = dim
+        wanted = (_dim(style, parameter) for style in _styles(name, plans))
+        even = [dim for dim in wanted if dim is not None and parameter.shape[dim] % heads.num_chips == 0]
+        if even and not _splits_kv_heads(name, config, heads):
+            dims[name] = even[0]
     if not any("attn" in name or "attention" in name for name in dims):
         raise NotImplementedError(
             f"torch_rpa.hf.patch: {type(model).__name__}: transformers has no tensor parallel plan for its attention, "
@@ -82,16 +85,24 @@ def require_shardable(model: PreTrainedModel, heads: HeadSharding, *, is_ours: b
     logger.info("%s share %.2f GiB of weights; %.2f GiB are on each", heads.where, shared / 2**30, whole / 2**30)
 
 
-def shard(model: PreTrainedModel, heads: HeadSharding) -> None:
-    """Spread the model's weights over the chips; those that are sharded already stay as they are.
+def shard(model: PreTrainedModel, heads: HeadSharding) -> list[torch.nn.Parameter]:
+    """Spread the model's weights over the chips, and list those; what is sharded already stays as it is.
 
     Raises what `sharded_dims` raises, and ValueError for a model that is not on the XLA device.
     """
     _require_xla(model)
+    parameters = dict(model.named_parameters())
     dims = sharded_dims(model, heads)
-    for name, parameter in model.named_parameters():
-        if name in dims and not sharding_of(parameter):
-            heads.mark_spec(parameter, tuple(heads.axis if i == dims[name] else None for i in range(parameter.dim())))
+    for name, dim in dims.items():
+        parameter = parameters[name]
+        if not sharding_of(parameter):
+            heads.mark_spec(parameter, tuple(heads.axis if i == dim else None for i in range(parameter.dim())))
+    return [parameters[name] for name in dims]
+
+
+def are_sharded(parameters: list[torch.nn.Parameter]) -> bool:
+    """Whether all are still spread over chips: `model.to` puts whole ones in their place."""
+    return all(parameter.device.type == "xla" and sharding_of(parameter) for parameter in parameters)
 
 
 @torch.no_grad()
@@ -108,17 +119,20 @@ def _require_xla(model: PreTrainedModel) -> None:
         raise ValueError(f"torch_rpa.hf.patch: with mesh= the model must be on the XLA device, not on {model.device}")
 
 
-def _dim(name: str, parameter: torch.Tensor, plan: dict[str, str]) -> int | None:
-    """The dimension that the plan cuts a parameter along."""
+def _styles(name: str, plans: list[dict[str, str]]) -> list[str]:
+    """What the plans say of a parameter, or of the module it is in; what its module's name says if they say nothing."""
     generic = replace_layer_number_by_wildcard(name)
     module, _, _ = generic.rpartition(".")
-    style = plan.get(generic) or plan.get(module) or _COMMON_NAMES.get(module.rpartition(".")[2])
+    styles = [style for plan in plans if (style := plan.get(generic) or plan.get(module))]
+    return styles or [_COMMON_NAMES.get(module.rpartition(".")[2], "replicate")]
+
+
+def _dim(style: str, parameter: torch.Tensor) -> int | None:
+    """The dimension that a style cuts a parameter along; None: none."""
     dim = _DIMS.get(style)
-    if dim is None:
-        return None
-    if parameter.dim() > 1 or dim == 0:
-        return dim % parameter.dim()
-    return 0 if dim == -2 else None  # a bias is added to outputs: after a sum over inputs on every chip
+    if parameter.dim() == 1 and dim != 0:  # a bias goes with the outputs; those of "rowwise" are sums, on every chip
+        return 0 if dim == -2 else None
+    return None if dim is None else dim % parameter.dim()
 
 
 def _splits_kv_heads(name: str, config, heads: HeadSharding) -> bool:

@@ -32,12 +32,14 @@ class XlaSteps:
         with self._counting_compilations():
             return self._way(layout, cache, inputs)
 
-    def forget(self, *, unless_same_weights: bool = False) -> None:
-        """Trace anew: the cache is another one, or (looked up on demand) the model has other tensors than before."""
-        weights = self._weight_ids()
-        if not unless_same_weights or weights != self._weights:
+    def forget(self, *, unless_same_weights: bool = False) -> bool:
+        """Trace anew: the cache is another one, or (looked up on demand) the model has other tensors than before, which
+        is what comes back."""
+        former, self._weights = self._weights, self._weight_ids()
+        has_others = self._weights != former
+        if has_others or not unless_same_weights:
             self._programs.clear()
-        self._weights = weights
+        return has_others
 
     def _weight_ids(self) -> list[int]:
         return [id(tensor) for tensor in _tensors(self._model)]
