@@ -58,10 +58,11 @@ def compile_missing(chips) -> None:
 
 
 def markdown(results: dict) -> str:
-    """One row for each model, one column for each chip."""
-    lines = [f"| | {' | '.join(CHIPS)} |", f"|---|{'---|' * len(CHIPS)}"]
-    for name in workloads.MODELS:
-        cells = [_cell(results.get((name, chip))) for chip in CHIPS]
+    """One row for each model, one column for each chip, as far as there are results."""
+    chips = [chip for chip in CHIPS if any(chip == of for _, of in results)]
+    lines = [f"| | {' | '.join(chips)} |", f"|---|{'---|' * len(chips)}"]
+    for name in [name for name in workloads.MODELS if any(name == of for of, _ in results)]:
+        cells = [_cell(results.get((name, chip))) for chip in chips]
         lines.append(f"| {name.removesuffix('-on-8-chips')} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from benchmarks import aot_matrix
 from torch_rpa import workloads
 from torch_rpa.aot import OpCase, Report, __main__, models, times, whole_model
 from torch_rpa.aot import answer as answers
@@ -184,6 +185,18 @@ def test_tuning_prints_the_blocks_that_were_tried_the_fastest_first(monkeypatch,
     assert [one["ratio"] for one in tuning] == pytest.approx([0.8] * 3 + [1.0] * 6)
     assert __main__.main([*LLAMA, "--tune"]) == 0
     assert "1.000, the rule" in capsys.readouterr().out
+
+
+def test_the_matrix_has_a_row_for_each_model_and_a_column_for_each_chip_that_was_compiled(monkeypatch, capsys):
+    assert run(monkeypatch, *LLAMA, "--json") == 0
+    fits = json.loads(capsys.readouterr().out)
+    fails = fits | {"chip": "v5e", "problems": ["read: no"]}
+    step = {"decode": {"weights": 0.01, "attention": 0.0021}, "prefill": {"weights": 0.01, "attention": 0.0}}
+    table = aot_matrix.markdown({("llama-3-8b", "v6e"): fits | {"steps": step}, ("llama-3-8b", "v5e"): fails})
+    assert table.splitlines()[::2] == [
+        "| | v5e | v6e |",
+        "| llama-3-8b | read: no | 1 chip, 112k tokens, 12.1 / 10.0 ms |",
+    ]
 
 
 MODEL_REPORT = whole_model.ModelReport(

@@ -24,7 +24,8 @@ def test_on_four_virtual_chips(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("topology", "num_chips", "num_kv_heads"), [("v5e:2x2", 4, 8), ("v6e:2x4", 8, 8), ("v6e:2x4", 8, 2)]
+    ("topology", "num_chips", "num_kv_heads"),
+    [("v5e:2x2", 4, 8), ("v6e:2x4", 8, 8), ("v6e:2x4", 8, 2), ("v6e:4x4", 16, 8)],
 )
 def test_libtpu_compiles_two_sharded_blocks_with_one_all_reduce_each(tmp_path, topology, num_chips, num_kv_heads):
     pytest.importorskip("libtpu")

@@ -26,16 +26,16 @@ def dump(folder, *bundles):
     """A kernel of these bundles, as libtpu would dump it."""
     lines = [f"{index:#6x} {'LB' * bool(index)}: > {{ {' ;; '.join(b)} }}" for index, b in enumerate(bundles)]
     lines[0] = lines[0].replace("0x0", "  0")
-    (folder / "1-kernel-7-packed-bundles-post-ra.txt").write_text("= key start\n\n" + "\n".join(lines) + "\n")
-    (folder / "1-kernel-9-post-delay-converter.txt").write_text(ALLOCATIONS)
+    (folder / "1-kernel-07-packed-bundles-post-ra.txt").write_text("= key start\n\n" + "\n".join(lines) + "\n")
+    (folder / "1-kernel-09-post-delay-converter.txt").write_text(ALLOCATIONS)
 
 
-def run(folder, *bundles, scalars=()):
+def run(folder, *bundles, scalars=(), divisions=None):
     """The machine after these bundles; each is a list of operations."""
     dump(folder, *bundles)
-    parsed = listing.bundles(folder / "1-kernel-7-packed-bundles-post-ra.txt")
-    allocations = listing.allocations(folder / "1-kernel-9-post-delay-converter.txt")
-    return execute(Program(parsed, allocations, TIMING.branch_delay), scalars)
+    parsed = listing.bundles(folder / "1-kernel-07-packed-bundles-post-ra.txt")
+    allocations = listing.allocations(folder / "1-kernel-09-post-delay-converter.txt")
+    return execute(Program(parsed, allocations, TIMING.branch_delay, divisions), scalars)
 
 
 def execute(program, scalars):
@@ -108,6 +108,19 @@ def test_a_guarded_operation_happens_only_where_its_predicate_says_so(tmp_path):
     assert smem(machine) == 5
     assert smem(machine, 2) == 7
     assert ADDRESSES["#allocation1"] + 1 not in machine.smem
+
+
+def test_a_division_gives_what_an_earlier_stage_of_libtpu_asked_for(tmp_path):
+    (tmp_path / "1-kernel-01-before.txt").write_text("%s1 = sdiv.u32.pop %s5, %s6\n%s2 = srem.u32.pop %s7, %s6\n")
+    (tmp_path / "1-kernel-02-after.txt").write_text("%8 = sdivrem.u32 %s5, %s6\n%9 = sdivrem.u32 %s7, %s6\n")
+    divisions = listing.divisions(tmp_path / "1-kernel-01-before.txt", tmp_path / "1-kernel-02-after.txt")
+    assert divisions == {"%8": "div", "%9": "rem"}
+    divide = ["%8 = sdivrem.u32 %s1_s1, 3"], ["%9 = sdivrem.u32 %s1_s1, 3"]
+    take = ["%s2_s2 = spop.drf %8"], ["%s3_s3 = spop.drf %9"], [store("%s2_s2"), store("%s3_s3", 1)]
+    machine = run(tmp_path, ["%s1_s1 = smov 20"], *divide, *take, divisions=divisions)
+    assert (smem(machine), smem(machine, 1)) == (6, 2)
+    with pytest.raises(NotImplementedError, match="sdivrem"):
+        run(tmp_path, *divide)
 
 
 def test_a_loop_takes_a_cycle_for_each_bundle_and_branches_after_the_delay(tmp_path):

@@ -43,8 +43,8 @@ def main(folder: Path, chip: str):
     path = kernel.listing_of_largest_kernel(folder)
     allocations = kernel.other_stage(path, "post-delay-converter.txt").read_text()
     table = "".join(m[0] + "\n" for m in listing._ALLOCATION.finditer(allocations))
-    files = {"kernel-1-packed-bundles-post-ra.txt": scalar_part(path.read_text())}
-    files["kernel-2-post-delay-converter.txt"] = table
+    files = {"kernel-01-packed-bundles-post-ra.txt": scalar_part(path.read_text())}
+    files["kernel-02-post-delay-converter.txt"] = table
     content = {"files": files, "cycles": cycles_by_tpusim(path, chip)}
     (HERE / f"{chip}.json.gz").write_bytes(gzip.compress(json.dumps(content, indent=1).encode(), mtime=0))
 

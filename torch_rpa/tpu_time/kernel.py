@@ -15,6 +15,7 @@ CHIPS = {
     "7x": Timing(2.203e9, 3690e9, branch_delay=6),
 }
 _MOST_CYCLES = 10**9
+_DIVISION_STAGES = "DGO-post-reassociate-accumulations.txt", "DGO-post-llo-late-decomposer.txt"
 _LISTING = "-packed-bundles-post-ra.txt"
 
 
@@ -45,8 +46,8 @@ class Kernel:
             raise NotImplementedError(f"time is modelled for {', '.join(CHIPS)}, not for {chip}")
         self._timing = CHIPS[chip]
         path = listing_of_largest_kernel(Path(folder))
-        allocations = other_stage(path, "post-delay-converter.txt")
-        self._program = Program(listing.bundles(path), listing.allocations(allocations), self._timing.branch_delay)
+        allocations = listing.allocations(other_stage(path, "post-delay-converter.txt"))
+        self._program = Program(listing.bundles(path), allocations, self._timing.branch_delay, _divisions(path))
 
     def run(self, scalars) -> ModelledTime:
         """The time of one call.
@@ -70,8 +71,17 @@ def listing_of_largest_kernel(folder: Path) -> Path:
     return max(found, key=lambda f: f.stat().st_size)
 
 
+def _divisions(path: Path) -> dict[str, str]:
+    try:
+        return listing.divisions(*(other_stage(path, name) for name in _DIVISION_STAGES))
+    except FileNotFoundError:  # of another libtpu: then only a kernel that divides is refused
+        return {}
+
+
 def other_stage(path: Path, name: str) -> Path:
     """The dump of another stage of the kernel whose listing this is; the stages are numbered."""
     kernel, _, _ = path.name.removesuffix(_LISTING).rpartition("-")
-    (found,) = path.parent.glob(f"{kernel}-*-{name}")
+    found = next(path.parent.glob(f"{kernel}-[0-9][0-9]-{name}"), None)
+    if found is None:
+        raise FileNotFoundError(f"no {kernel}-*-{name} in {path.parent}")
     return found

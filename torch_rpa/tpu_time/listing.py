@@ -7,6 +7,7 @@ one in predicate register 5. ``(!%p78_p5)`` is a guard: the operation happens wh
 """
 
 import re
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ _OPERAND = re.compile(r"(?:\w+=)?\[(?:[^\[\]]|\[[^\[\]]*\])*\]|[^,\s\[][^,]*")
 _ALLOCATION = re.compile(
     r"^\s*#(allocation\w+) \[shape = .*?, space=(\w+), size = \w+, offset = (\w+)(.*)", re.MULTILINE
 )
+_DIVISION = re.compile(r"= s(div|rem)\.u32\.pop (%\w+), (%\w+)")
+_DIVREM = re.compile(r"(%\w+) = sdivrem\.u32 (%\w+), (%\w+)")
 # Of the vector slot, what controls the program. All else there computes on vectors.
 _VECTOR_CONTROL = ("vsync", "vwait", "vdelay", "vdma", "vhalt", "vshalt", "vpop.sfrf")
 
@@ -72,6 +75,19 @@ def allocations(path: Path) -> dict[str, Allocation]:
         name: Allocation(space, int(offset, 0), "constant byte address" in rest or "fixed_abs" in rest)
         for name, space, offset, rest in found
     }
+
+
+def divisions(before: Path, after: Path) -> dict[str, str]:
+    """Whether each ``sdivrem`` gives a quotient, "div", or a rest, "rem", by its result; those left out may give both.
+
+    Args:
+        before, after: the dumps before and after the stage that makes one operation of the two, for bundles do not say.
+    """
+    kinds = defaultdict(set)
+    for kind, *operands in _DIVISION.findall(before.read_text(errors="replace")):
+        kinds[tuple(operands)].add(kind)
+    found = {result: kinds[a, b] for result, a, b in _DIVREM.findall(after.read_text(errors="replace"))}
+    return {result: min(names) for result, names in found.items() if len(names) == 1}
 
 
 def _operations(bundle: str) -> list[Operation]:

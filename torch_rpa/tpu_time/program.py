@@ -99,8 +99,14 @@ class Program:
         NotImplementedError: an operation that is not known, in a place where it may decide what happens.
     """
 
-    def __init__(self, bundles: list[list[Operation]], allocations: dict[str, Allocation], branch_delay: int) -> None:
-        self._allocations = allocations
+    def __init__(
+        self,
+        bundles: list[list[Operation]],
+        allocations: dict[str, Allocation],
+        branch_delay: int,
+        divisions: dict[str, str] | None = None,
+    ) -> None:
+        self._allocations, self._divisions = allocations, divisions or {}
         operations = [operation for bundle in bundles for operation in bundle]
         # Addresses of operands in HBM count 512 bytes where the program shifts them, otherwise granules.
         is_shifted = any(operation.code == "int_to_ptr.hbm" for operation in operations)
@@ -158,6 +164,8 @@ class Program:
             return _load(self._address(operands[0]))
         if code == "vpop.sfrf":
             return lambda m: m.results.popleft()
+        if code == "spop.drf":
+            return lambda m: m.divided.pop(operands[0])
         values = [self._operand(operand) for operand in operands]
         if code == "scalar_select":
             condition, a, b = values
@@ -195,6 +203,8 @@ class Program:
         if code == "sst":
             address, value = self._address(operands[0]), self._operand(operands[1])
             return lambda m: m.smem.__setitem__(address(m), value(m))
+        if code == "sdivrem.u32" and operation.result in self._divisions:
+            return self._division(operation)
         if code.startswith("dma.") and "_to_" in code:
             return self._dma(code, operands)
         values = [self._operand(operand) for operand in operands]
@@ -207,6 +217,11 @@ class Program:
         if code in methods:
             return lambda m: methods[code](m, *(value(m) for value in values))
         raise NotImplementedError(f"operation {code} of libtpu's listing is not known")
+
+    def _division(self, operation: Operation) -> Effect:
+        function = {"div": operator.floordiv, "rem": operator.mod}[self._divisions[operation.result]]
+        a, b = (self._operand(operand) for operand in operation.operands)
+        return lambda m: m.divided.__setitem__(operation.result, function(a(m), b(m)))
 
     def _dma(self, code: str, operands: tuple[str, ...]) -> Effect:
         source, target = code.removeprefix("dma.").split("_to_")
