@@ -158,7 +158,7 @@ def stream(batch):
 WAYS = {"native": native, "padded": padded, "loop": loop, "stream": stream}
 
 
-def measure(ways, repeats, progress):
+def measure(ways, repeats):
     """Best milliseconds of each way, all in turn in each round."""
     cold = torch.ones(COLD_BYTES // 4)
     best = dict.fromkeys(ways, float("inf"))
@@ -168,7 +168,6 @@ def measure(ways, repeats, progress):
             start = time.perf_counter()
             call()
             best[name] = min(best[name], (time.perf_counter() - start) * 1e3)
-            progress.update()
     return best
 
 
@@ -206,10 +205,12 @@ def main():
     ]
     print(f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}; x times native's time")
     print(f"| {'':46} | native ms |   padded |     loop |   stream |     flex |\n|---|---:|---:|---:|---:|---:|")
-    with tqdm(total=len(chosen) * args.repeats * len(WAYS), leave=False) as progress:
+    with tqdm(total=len(chosen), unit="case", leave=False) as progress:
         for name, seqs, heads, dtype in chosen:
+            progress.set_description(f"{heads} {dtype} {name}")
             batch = Batch(seqs, workloads.MODELS[heads].heads, getattr(torch, dtype))
-            best = measure(ways_of(batch, args.flex), args.repeats, progress)
+            best = measure(ways_of(batch, args.flex), args.repeats)
+            progress.update()
             print_row(f"{heads} {dtype} {name}", best)
 
 
