@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from torch_rpa.merge import merge_attention_states
+from torch_rpa.validation import stored_kv_heads
 
 __all__ = ["HeadSharding", "attend_over_chips", "current", "use_mesh"]
 
@@ -118,15 +119,13 @@ class HeadSharding:
             raise ValueError(f"q has {num_q_heads} heads, which cannot be shared out evenly over {self.where}")
 
     def stored_kv_heads(self, num_kv_heads: int) -> int:
-        """KV heads that pages have in all: ``num_kv_heads``, or one for each chip if the chips are more.
-
-        Raises ValueError if neither number divides the other.
-        """
-        if num_kv_heads % self.num_chips and self.num_chips % num_kv_heads:
+        """KV heads that pages have in all; ValueError if the chips cannot share so many."""
+        stored = stored_kv_heads(num_kv_heads, self.num_chips)
+        if stored is None:
             raise ValueError(
                 f"{num_kv_heads=} cannot be shared out over {self.where}: one number must be a multiple of the other"
             )
-        return max(num_kv_heads, self.num_chips)
+        return stored
 
     def spec(self, name: str, tensor: torch.Tensor) -> tuple:
         """The partition spec of an argument or a result: heads over the axis, all else replicated."""

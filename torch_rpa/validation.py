@@ -236,6 +236,14 @@ def tpu_reasons(q_shape, kv_pages_shape, kv_dtype: str, page_indices_shape=(0, 0
     return reasons
 
 
+def stored_kv_heads(num_kv_heads: int, num_chips: int) -> int | None:
+    """KV heads that pages shared out over chips have in all: one for each chip at least, so that a head may stand
+    several times. None if neither number is a multiple of the other, for which there is no way."""
+    if num_kv_heads % num_chips and num_chips % num_kv_heads:
+        return None
+    return max(num_kv_heads, num_chips)
+
+
 def _is_addressable_in_heads_form(num_kv_heads, head_dim, kv_dtype) -> bool:
     """Whether HBM holds a page's rows without padding, a token's rows in whole 32-bit words, and a row in one register.
 

@@ -6,7 +6,7 @@ from torch_rpa import workloads
 from torch_rpa.aot.models import LayerKind, ModelFacts
 from torch_rpa.aot.op import OpCase
 from torch_rpa.kernels import chips
-from torch_rpa.validation import PAGE_SIZES, TPU_MAX_TABLE_BYTES
+from torch_rpa.validation import PAGE_SIZES, TPU_MAX_TABLE_BYTES, stored_kv_heads
 
 KV_DTYPES = ("bfloat16", "float8_e4m3fn", "float8_e5m2", "int8")
 DTYPE = "bfloat16"  # of weights and queries
@@ -115,7 +115,7 @@ class Plan:
                 found.append(f"{num_q_heads} query heads are no multiple of {num_kv_heads} KV heads: change --heads")
             elif num_q_heads % self.num_chips:
                 found.append(f"{num_q_heads} query heads cannot be shared evenly: change --num-chips {self.num_chips}")
-            elif num_kv_heads % self.num_chips and self.num_chips % num_kv_heads:
+            elif stored_kv_heads(num_kv_heads, self.num_chips) is None:
                 found.append(
                     f"of {num_kv_heads} KV heads and --num-chips {self.num_chips} one must be a multiple of the other: "
                     "change --num-chips"
