@@ -120,7 +120,14 @@ def test_a_division_gives_what_an_earlier_stage_of_libtpu_asked_for(tmp_path):
     machine = run(tmp_path, ["%s1_s1 = smov 20"], *divide, *take, divisions=divisions)
     assert (smem(machine), smem(machine, 1)) == (6, 2)
     with pytest.raises(NotImplementedError, match="sdivrem"):
-        run(tmp_path, *divide)
+        run(tmp_path, *divide, *take)
+
+
+def test_a_division_of_which_both_results_are_taken_gives_the_quotient_first(tmp_path):
+    divide = ["%s1_s1 = smov 20"], ["%8 = sdivrem.u32 %s1_s1, 3"]
+    take = ["%s2_s2 = spop.drf %8"], ["%s3_s3 = spop.drf %8"], [store("%s2_s2"), store("%s3_s3", 1)]
+    machine = run(tmp_path, *divide, *take)
+    assert (smem(machine), smem(machine, 1)) == (6, 2)
 
 
 def test_a_loop_takes_a_cycle_for_each_bundle_and_branches_after_the_delay(tmp_path):

@@ -51,7 +51,7 @@ class Machine:
         self.registers = [0] * 64
         self.smem: dict[int, int] = {}
         self.results = deque()  # of reads of semaphores
-        self.divided: dict[str, int] = {}  # results of divisions that nobody has taken yet
+        self.divided: dict[str, deque[int]] = defaultdict(deque)  # results of divisions that nobody has taken yet
         self.issued = self.waited = 0
         self.takes_branch = False
         self.hbm_bytes = 0

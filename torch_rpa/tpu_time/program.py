@@ -6,6 +6,7 @@ branch is taken ``branch_delay`` bundles later. Scalars are 32-bit words, which 
 
 import operator
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -108,6 +109,7 @@ class Program:
     ) -> None:
         self._allocations, self._divisions = allocations, divisions or {}
         operations = [operation for bundle in bundles for operation in bundle]
+        self._num_taken = Counter(operation.operands[0] for operation in operations if operation.code == "spop.drf")
         # Addresses of operands in HBM count 512 bytes where the program shifts them, otherwise granules.
         is_shifted = any(operation.code == "int_to_ptr.hbm" for operation in operations)
         self._operand_shift = {"hbm": 4 if is_shifted else 0, "vmem": 4}
@@ -165,7 +167,7 @@ class Program:
         if code == "vpop.sfrf":
             return lambda m: m.results.popleft()
         if code == "spop.drf":
-            return lambda m: m.divided.pop(operands[0])
+            return lambda m: m.divided[operands[0]].popleft()
         values = [self._operand(operand) for operand in operands]
         if code == "scalar_select":
             condition, a, b = values
@@ -203,7 +205,7 @@ class Program:
         if code == "sst":
             address, value = self._address(operands[0]), self._operand(operands[1])
             return lambda m: m.smem.__setitem__(address(m), value(m))
-        if code == "sdivrem.u32" and operation.result in self._divisions:
+        if code == "sdivrem.u32":
             return self._division(operation)
         if code.startswith("dma.") and "_to_" in code:
             return self._dma(code, operands)
@@ -219,9 +221,17 @@ class Program:
         raise NotImplementedError(f"operation {code} of libtpu's listing is not known")
 
     def _division(self, operation: Operation) -> Effect:
-        function = {"div": operator.floordiv, "rem": operator.mod}[self._divisions[operation.result]]
+        """Of two results that are taken (v5e) the quotient comes first; of one (v6e), an earlier stage says which."""
+        functions = {"div": operator.floordiv, "rem": operator.mod}
+        if self._num_taken[operation.result] == 1:
+            kind = self._divisions.get(operation.result)
+            if kind is None:
+                raise NotImplementedError(
+                    "whether an sdivrem of libtpu's listing gives a quotient or a rest is not known"
+                )
+            functions = {kind: functions[kind]}
         a, b = (self._operand(operand) for operand in operation.operands)
-        return lambda m: m.divided.__setitem__(operation.result, function(a(m), b(m)))
+        return lambda m: m.divided[operation.result].extend(f(a(m), b(m)) for f in functions.values())
 
     def _dma(self, code: str, operands: tuple[str, ...]) -> Effect:
         source, target = code.removeprefix("dma.").split("_to_")
