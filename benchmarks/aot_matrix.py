@@ -71,7 +71,7 @@ def _cell(result: dict | None) -> str:
     if result is None:
         return "-"
     if result["problems"]:
-        return result["problems"][0]
+        return result["problems"][0].partition(" (")[0]  # without what libtpu said
     chips, tokens = result["num_chips"], result["memory"]["cache_tokens"]
     steps = " / ".join(f"{1e3 * sum(step.values()):.1f}" for step in result["steps"].values())
     return f"{chips} chip{'s' * (chips > 1)}, {tokens / 1000:.0f}k tokens" + (f", {steps} ms" if steps else "")
