@@ -123,6 +123,13 @@ def test_a_division_gives_what_an_earlier_stage_of_libtpu_asked_for(tmp_path):
         run(tmp_path, *divide, *take)
 
 
+def test_arithmetic_of_floats_is_passed_over_and_a_comparison_of_them_is_refused(tmp_path):
+    machine = run(tmp_path, ["%s1_s1 = smul.f32 1.442695, %s1_s1"], ["%s2_s2 = smov 7"], [store("%s2_s2")])
+    assert smem(machine) == 7
+    with pytest.raises(NotImplementedError, match=r"scmp\.lt\.f32"):
+        run(tmp_path, ["%p1_p1 = scmp.lt.f32.partialorder %s1_s1, %s2_s2"])
+
+
 def test_a_division_of_which_both_results_are_taken_gives_the_quotient_first(tmp_path):
     divide = ["%s1_s1 = smov 20"], ["%8 = sdivrem.u32 %s1_s1, 3"]
     take = ["%s2_s2 = spop.drf %8"], ["%s3_s3 = spop.drf %8"], [store("%s2_s2"), store("%s3_s3", 1)]

@@ -63,6 +63,8 @@ _BINARY = {
     },
     **{f"scmp.{name}.u32.totalorder": getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
 }
+# Of numbers for the vector units, such as sinks: what takes time does not depend on them. Comparing them is not known.
+_FLOATS = ("sadd.f32", "ssub.f32", "smul.f32")
 _IGNORED = ("sphi", "sfence")  # registers were assigned so that a phi has nothing to move
 
 
@@ -168,6 +170,8 @@ class Program:
             return lambda m: m.results.popleft()
         if code == "spop.drf":
             return lambda m: m.divided[operands[0]].popleft()
+        if code in _FLOATS:
+            return lambda m: 0
         values = [self._operand(operand) for operand in operands]
         if code == "scalar_select":
             condition, a, b = values
