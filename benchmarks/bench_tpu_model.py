@@ -27,6 +27,7 @@ from tqdm import tqdm
 from benchmarks import peers
 from torch_rpa import tpu_time, workloads
 from torch_rpa.aot import OpCase, compile_report
+from torch_rpa.aot.times import scalars
 from torch_rpa.kernels.chips import CHIPS
 
 REPO = Path(__file__).parents[1]
@@ -62,9 +63,8 @@ def cases(kernel: str, chip: str, args) -> dict[str, OpCase]:
     variant["num_pages"] = peer.max_num_seqs * peer.context // args.page_size
     columns = {}
     for dtype, update in itertools.product(args.kv_dtype, (False, True) if args.update else (False,)):
-        scales = {"k_scale": 0.1, "v_scale": 0.1} if dtype == "int8" else {}
         name = f"{chip} ours" + f", {dtype}" * (dtype != "bfloat16") + UPDATE * update
-        columns[name] = replace(peer, kv_dtype=dtype, update=update, options=scales, **variant)
+        columns[name] = replace(peer, kv_dtype=dtype, update=update, options=workloads.scales(dtype), **variant)
     return columns
 
 
@@ -101,17 +101,11 @@ def our_times(case: OpCase, folder: str, tpusim) -> dict[str, float]:
     kernel, times = tpu_time.Kernel(folder, case.chip), {}
     simulated = tpusim and tpusim.Kernel(bundles_file(folder, ""), case.chip)
     for name, batch in workloads.batches().items():
-        scalars = our_scalars(case, batch)
-        times[name] = kernel.run(scalars).microseconds
-        if simulated and abs(simulated.run(scalars).microseconds / times[name] - 1) > AGREEMENT:
+        operands = scalars(case, batch)
+        times[name] = kernel.run(operands).microseconds
+        if simulated and abs(simulated.run(operands).microseconds / times[name] - 1) > AGREEMENT:
             raise SystemExit(f"{case}, {name}: tpusim does not agree with {times[name]:.1f} us")
     return times
-
-
-def our_scalars(case: OpCase, batch) -> list:
-    """The kernel's scalar operands; the page table goes in as one dimension."""
-    metadata = workloads.metadata(batch, case.page_size, case.max_num_seqs, case.context)
-    return [x.reshape(-1) for x in metadata]
 
 
 def cell(case: OpCase, batch, microseconds: float) -> str:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import torch_rpa
 from torch_rpa.aot import OpCase, Report, compile_report
-from torch_rpa.workloads import MODELS
+from torch_rpa.workloads import MODELS, scales
 
 RESULTS = Path(__file__).with_name("compile_matrix.csv")
 FACTORS = {
@@ -61,7 +61,6 @@ def pairs_of(point: dict) -> set:
 def case_of(point: dict) -> OpCase:
     """What to compile for a point."""
     model = MODELS[point["model"]]
-    scales = {"k_scale": 0.1, "v_scale": 0.1} if point["kv_dtype"] == "int8" else {}
     return OpCase(
         chip=point["chip"],
         heads=model.heads,
@@ -69,7 +68,7 @@ def case_of(point: dict) -> OpCase:
         kv_dtype=point["kv_dtype"],
         update=point["op"] == "update",
         sinks=model.sinks,
-        options=model.options | scales,
+        options=model.options | scales(point["kv_dtype"]),
     )
 
 

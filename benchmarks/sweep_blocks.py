@@ -15,11 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import geometric_mean
 
-import numpy as np
 from tqdm import tqdm
 
 from torch_rpa import tpu_time, workloads
 from torch_rpa.aot.op import OpCase, compile_report, kernel_config
+from torch_rpa.aot.times import scalars
 
 RESULTS = Path(__file__).with_suffix(".csv")
 CHIPS = ("v6e", "v5e")
@@ -53,10 +53,8 @@ def modelled(case: OpCase) -> dict[str, float | str]:
 def _times(case: OpCase, kernel) -> dict[str, float]:
     times = {"decode_us": [], "prefill_us": []}
     for batch in workloads.batches().values():
-        scalars = [x.reshape(-1) for x in workloads.metadata(batch, case.page_size, case.max_num_seqs, case.context)]
-        scalars += [np.zeros(case.heads[0], np.int32)] * case.sinks
         kind = "decode_us" if workloads.decodes_only(batch) else "prefill_us"
-        times[kind].append(kernel.run(scalars).microseconds)
+        times[kind].append(kernel.run(scalars(case, batch)).microseconds)
     return {kind: round(geometric_mean(us), 1) for kind, us in times.items()}
 
 

@@ -94,6 +94,11 @@ def itemsize(dtype: str) -> int:
     return {"float32": 4, "bfloat16": 2}.get(dtype, 1)
 
 
+def scales(kv_dtype: str) -> dict[str, float]:
+    """The options that pages of this dtype cannot do without."""
+    return {"k_scale": 0.1, "v_scale": 0.1} if kv_dtype == "int8" else {}
+
+
 def decodes_only(batch) -> bool:
     """Whether every sequence has one new token: then HBM bounds the time, otherwise the matrix units may."""
     return all(q_len == 1 for q_len, _ in batch)

@@ -88,7 +88,6 @@ class Plan:
         return found
 
     def _case(self, kind: LayerKind, update: bool) -> OpCase:
-        scales = {"k_scale": 0.1, "v_scale": 0.1} if self.kv_dtype == "int8" else {}
         # One layer's pages: as many as the page table has room for, but those of one layer fit easily.
         num_pages = max(
             self.pages_per_seq, min(self.max_seqs * self.pages_per_seq, self.cache_tokens // self.page_size)
@@ -105,7 +104,7 @@ class Plan:
             max_num_seqs=self.max_seqs,
             context=self.pages_per_seq * self.page_size,
             num_pages=num_pages,
-            options=dict(kind.options) | scales,
+            options=dict(kind.options) | workloads.scales(self.kv_dtype),
         )
 
     def _heads_problems(self) -> list[str]:

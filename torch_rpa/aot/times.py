@@ -55,10 +55,15 @@ def least_seconds_of_weights(chip: str, weight_bytes: int, batch) -> float:
     return max(weight_bytes / facts.hbm_bytes_per_s, new_tokens * weight_bytes / facts.flops_per_s)
 
 
-def _time(kernel: tpu_time.Kernel, case: OpCase, batch) -> OpTime:
+def scalars(case: OpCase, batch) -> list[np.ndarray]:
+    """The kernel's scalar operands for a batch, (q_len, kv_len) of each sequence, in one dimension each."""
     metadata = workloads.metadata(batch, case.page_size, case.max_num_seqs, case.context, case.num_pages)
     sinks = [np.zeros(case.heads[0], np.int32)] * case.sinks  # their values change nothing
-    microseconds = kernel.run([*metadata, *sinks]).microseconds
+    return [x.reshape(-1) for x in (*metadata, *sinks)]
+
+
+def _time(kernel: tpu_time.Kernel, case: OpCase, batch) -> OpTime:
+    microseconds = kernel.run(scalars(case, batch)).microseconds
     kv_itemsize, window = workloads.itemsize(case.kv_dtype or case.dtype), case.options.get("sliding_window")
     share = workloads.share_of_peak(batch, case.heads, microseconds * 1e-6, CHIPS[case.chip], kv_itemsize, window)
     return OpTime(microseconds, share)

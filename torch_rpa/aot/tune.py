@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from statistics import geometric_mean
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -64,4 +65,4 @@ def _ratio(answer: OpAnswer, rule: OpAnswer) -> float | None:
     if answer.problem or not answer.modelled:
         return None
     ratios = [time.microseconds / rule.modelled[name].microseconds for name, time in answer.modelled.items()]
-    return math.prod(ratios) ** (1 / len(ratios))
+    return geometric_mean(ratios)

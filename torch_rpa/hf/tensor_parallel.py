@@ -47,10 +47,7 @@ def sharded_dims(model: PreTrainedModel, heads: HeadSharding) -> dict[str, int]:
     config = model.config
     heads.check_q_heads(config.num_attention_heads)
     heads.stored_kv_heads(num_kv_heads_of(config))
-    plans = [
-        model.ep_plan or {},
-        model.tp_plan or {},
-    ]  # where chips cannot share experts, they share each one's columns
+    plans = [model.ep_plan or {}, model.tp_plan or {}]  # chips that cannot share experts share each one's columns
     dims = {}
     for name, parameter in model.named_parameters():
         wanted = (_dim(style, parameter) for style in _styles(name, plans))
