@@ -207,6 +207,7 @@ def test_pages_before_the_window_may_be_freed_and_are_not_fetched():
 BATCH_INDEPENDENCE = {
     "one_page_a_block": {"num_kv_pages_per_block": 1},
     "blocks_by_default": {},
+    "blocks_of_512_keys": {"num_kv_pages_per_block": 32},  # of which decode computes 128, 256 or all
     "a_window_over_several_spans": {
         "num_kv_pages_per_block": 1, "num_queries_per_block": 16, "sliding_window": 100
     },
@@ -248,6 +249,14 @@ def items(config, first_row, end_row, kv_len):
         for block in range(int(tile.first_block), int(tile.end_block)):
             item = schedule.make_item(config, row_block, 0, tile, block)
             yield row_block, int(item.first_key), int(item.num_units) * config.unit_tokens
+
+
+@pytest.mark.parametrize(
+    ("page_size", "block_pages", "expected"),
+    [(16, 32, (8, 16, 32)), (128, 4, (1, 2, 4)), (128, 1, (1,)), (32, 6, (6,)), (16, 24, (12, 24)), (256, 2, (1, 2))],
+)
+def test_decode_computes_halves_of_a_block_down_to_a_register_of_scores(page_size, block_pages, expected):
+    assert replace(small_config(), page_size=page_size, block_pages=block_pages).decode_pages == expected
 
 
 def test_the_schedule_fetches_what_the_rows_of_a_block_can_see_and_no_more():

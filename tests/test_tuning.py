@@ -13,9 +13,15 @@ LLAMA = OpCase("v6e", MODELS["llama-3-8b"].heads, page_size=64)
 
 def test_key_blocks_are_longer_where_a_token_is_narrow_beside_the_bandwidth():
     one_kv_head = replace(LLAMA, heads=MODELS["llama-3-70b-on-8-chips"].heads)
-    assert kernel_config(one_kv_head).block_keys == 2 * kernel_config(LLAMA).block_keys
+    assert kernel_config(one_kv_head).block_keys == 4 * kernel_config(LLAMA).block_keys
     two_kv_heads = replace(LLAMA, heads=(8, 2, 128))
     assert kernel_config(two_kv_heads).block_keys > kernel_config(replace(two_kv_heads, chip="v5e")).block_keys
+
+
+def test_key_blocks_are_longer_for_8_bit_pages_where_their_fetch_would_be_too_short():
+    assert kernel_config(replace(LLAMA, kv_dtype="int8")).block_keys == 2 * kernel_config(LLAMA).block_keys
+    on_v5e = replace(LLAMA, chip="v5e")
+    assert kernel_config(replace(on_v5e, kv_dtype="int8")).block_keys == kernel_config(on_v5e).block_keys
 
 
 def test_what_the_caller_asks_for_overrides_the_rule():

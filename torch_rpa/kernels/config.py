@@ -105,9 +105,10 @@ class KernelConfig:
         return -(-self.num_tokens // self.block_rows)
 
     @property
-    def short_pages(self) -> int:
-        """Pages of a block that a decode group computes where no member needs more."""
-        return max(1, self.block_pages // 2)
+    def decode_pages(self) -> tuple[int, ...]:
+        """How many of a block's first pages a decode group computes, as few as its members need; the last is all."""
+        halves = (self.block_pages >> n for n in range(self.block_pages.bit_length()))
+        return tuple(n for n in halves if n == self.block_pages or n * self.page_size >= LANES)[::-1]
 
     @property
     def unit_tokens(self) -> int:

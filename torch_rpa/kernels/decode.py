@@ -56,21 +56,23 @@ def attend_group(config: KernelConfig, refs: Refs, fetch, row_block, slot):
         _put_q(config, refs, place, jnp.where(member.is_item, member.item.row, 0))
     if config.puts_tokens:
         write.put_rows(config, refs, members)
-    all_inside, all_short = _kinds(config, members)
+    all_inside, keys = _needs(config, members)
     pl.when(all_inside)(lambda: _attend_members(config, refs, members, config.block_pages, is_edge=False))
-    pl.when(~all_inside & ~all_short)(lambda: _attend_members(config, refs, members, config.block_pages, is_edge=True))
-    if config.short_pages < config.block_pages:  # half a block is half the work
-        pl.when(all_short)(lambda: _attend_members(config, refs, members, config.short_pages, is_edge=True))
+    fewer = -1
+    for num_pages in config.decode_pages:  # half a block is half the work
+        is_fewest = ~all_inside & (keys > fewer) & (keys <= num_pages * config.page_size)
+        pl.when(is_fewest)(lambda n=num_pages: _attend_members(config, refs, members, n, is_edge=True))
+        fewer = num_pages * config.page_size
     return sum(member.is_item.astype(jnp.int32) for member in members)
 
 
-def _kinds(config: KernelConfig, members: list[Member]):
-    """Whether all keys of all members are seen, and whether no member needs more than ``short_pages`` of its block."""
-    all_inside, all_short = True, config.short_pages < config.block_pages
+def _needs(config: KernelConfig, members: list[Member]):
+    """Whether all keys of all members are seen, and how many of its block's first keys some member needs."""
+    all_inside, most = True, 0
     for is_item, _, item in members:
         all_inside &= is_item & (item.first_key >= item.start) & (item.first_key + config.block_keys <= item.end)
-        all_short &= ~is_item | (item.end - item.first_key <= config.short_pages * config.page_size)
-    return all_inside, all_short
+        most = jnp.maximum(most, jnp.where(is_item, item.end - item.first_key, 0))
+    return all_inside, jnp.minimum(most, config.block_keys)
 
 
 def _members(config: KernelConfig, refs: Refs, row_block, slot) -> list[Member]:

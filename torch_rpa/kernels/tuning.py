@@ -1,7 +1,7 @@
 """Block sizes for a chip and a shape, by a few rules from hardware facts. What a caller asks for overrides them.
 
 - Rows: enough that the products over a key block outlast its fetch, and few enough that the first rows come soon.
-- Keys: enough that the fetch of a block outlasts the scalar work for it, or decode waits for the scalar core.
+- Keys: enough that the fetch of a block outlasts what decode does for each block, whatever its length.
 - What does not fit into VMEM is halved, first what is largest beside the least that is of use.
 
 ``benchmarks/sweep_blocks.py`` compares the choice with others.
@@ -19,10 +19,11 @@ _TILE_ROWS = 16
 # any chip has FLOP/s for a byte/s of HBM.
 _BLOCK_ROWS = 128
 _STEP_ROWS = 512
-# Half of what a prefill step takes at once, and all of it.
-_FEW_KEYS, _MANY_KEYS = 256, 512
-# What the scalar core needs to work out and start the fetch of one block, and to find it again: 300 to 400 cycles.
-_SCALAR_SECONDS = 0.25e-6
+# Half of what a prefill step takes at once, and more. Longer ones would keep short sequences waiting.
+_BLOCK_KEYS = 256, 512, 1024
+# What decode needs for each block beside its keys: the scalar core to work out and start a fetch and to find the block
+# again, the vector units to begin. 400 to 600 cycles.
+_BLOCK_SECONDS = 0.33e-6
 _NUM_SLOTS = 8
 _GROUP_ITEMS = 4
 _ROW_BATCHES = 4
@@ -77,5 +78,5 @@ def fit(config):
 
 
 def _block_keys(chip: Chip, token_bytes: int) -> int:
-    outlasts = _FEW_KEYS * token_bytes > _SCALAR_SECONDS * chip.hbm_bytes_per_s
-    return _FEW_KEYS if outlasts else _MANY_KEYS
+    outlasting = (keys for keys in _BLOCK_KEYS if keys * token_bytes > _BLOCK_SECONDS * chip.hbm_bytes_per_s)
+    return next(outlasting, _BLOCK_KEYS[-1])
