@@ -227,13 +227,18 @@ def tpu_reasons(q_shape, kv_pages_shape, kv_dtype: str, page_indices_shape=(0, 0
             f"pages on TPU need 2 * num_kv_heads * head_dim to be a multiple of 128, got {width}; "
             "pad the KV heads and make the pages with torch_rpa.empty_kv_pages"
         )
-    table_bytes = 4 * page_indices_shape[0] * page_indices_shape[1]
+    table_bytes = page_table_bytes(*page_indices_shape)
     if table_bytes > TPU_MAX_TABLE_BYTES:
         reasons.append(
             f"page_indices {list(page_indices_shape)} takes {table_bytes // 2**10} KiB of a TPU's scalar memory, "
             f"of which {TPU_MAX_TABLE_BYTES // 2**10} KiB are free; use larger pages, fewer pages_per_seq or sequences"
         )
     return reasons
+
+
+def page_table_bytes(max_num_seqs: int, pages_per_seq: int) -> int:
+    """What page_indices takes of a TPU's scalar memory, which may be ``TPU_MAX_TABLE_BYTES``."""
+    return 4 * max_num_seqs * pages_per_seq
 
 
 def stored_kv_heads(num_kv_heads: int, num_chips: int) -> int | None:

@@ -6,7 +6,7 @@ from torch_rpa import workloads
 from torch_rpa.aot.models import LayerKind, ModelFacts
 from torch_rpa.aot.op import OpCase
 from torch_rpa.kernels import chips
-from torch_rpa.validation import PAGE_SIZES, TPU_MAX_TABLE_BYTES, stored_kv_heads
+from torch_rpa.validation import PAGE_SIZES, TPU_MAX_TABLE_BYTES, page_table_bytes, stored_kv_heads
 
 KV_DTYPES = ("bfloat16", "float8_e4m3fn", "float8_e5m2", "int8")
 DTYPE = "bfloat16"  # of weights and queries
@@ -136,7 +136,7 @@ class Plan:
         return found
 
     def _smem_problems(self) -> list[str]:
-        table = 4 * self.max_seqs * self.pages_per_seq
+        table = page_table_bytes(self.max_seqs, self.pages_per_seq)
         if table <= TPU_MAX_TABLE_BYTES:
             return []
         return [

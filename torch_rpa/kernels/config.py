@@ -30,7 +30,7 @@ from torch_rpa.kernels import chips, tuning
 from torch_rpa.kernels.chips import Chip
 from torch_rpa.kernels.widen import widen_scale
 from torch_rpa.options import AttentionOptions
-from torch_rpa.validation import page_shape, tpu_reasons
+from torch_rpa.validation import page_shape, page_table_bytes, tpu_reasons
 
 LANES = 128
 # Rows that one iteration of a copy loop moves, where a row block can be cut like that: enough to hide latencies.
@@ -291,7 +291,7 @@ class KernelConfig:
     @property
     def smem_bytes(self) -> int:
         """Bytes of SMEM that the metadata takes."""
-        return 4 * (self.max_num_seqs * (self.pages_per_seq + 2) + 2)
+        return page_table_bytes(self.max_num_seqs, self.pages_per_seq) + 4 * (2 * self.max_num_seqs + 2)
 
     @property
     def vmem_limit_bytes(self) -> int:
