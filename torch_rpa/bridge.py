@@ -32,8 +32,6 @@ _RESULTS = {
     "ragged_paged_attention_with_lse": ("out", "lse"),
     "ragged_paged_attention_update": ("out", "kv_pages"),
 }
-# Cloud TPU's accelerator types up to the hyphen (cloud.google.com/tpu/docs), and the names in kernels/chips.py.
-_CHIPS_OF_ACCELERATORS = {"v4": "v4", "v5litepod": "v5e", "v5e": "v5e", "v5p": "v5p", "v6e": "v6e", "tpu7x": "7x"}
 _KERNEL_CHOICES = ("auto", "xla", "interpret")
 # A served model has a handful of configurations: one for each token bucket and kind of layer.
 _MAX_COMPUTATIONS = 256
@@ -97,7 +95,7 @@ def chip_name() -> str | None:
     from torch_rpa.kernels import chips
 
     if xr.is_spmd():
-        return _CHIPS_OF_ACCELERATORS.get(_accelerator()) if xr.device_type() == "TPU" else None
+        return chips.name_on(_accelerator()) if xr.device_type() == "TPU" else None
     return chips.name_of(xm.xla_device_kind())
 
 

@@ -12,6 +12,7 @@ class Chip:
     Attributes:
         name: as cloud documentation has it, without "TPU".
         device_kinds: what PJRT calls its devices.
+        accelerator: what Cloud TPU calls hosts that have it, up to the hyphen.
         topology: the smallest that libtpu compiles for without a TPU, in its own spelling.
         vmem_bytes: vector memory of one core.
         hbm_bytes: memory.
@@ -22,6 +23,7 @@ class Chip:
 
     name: str
     device_kinds: tuple[str, ...]
+    accelerator: str
     topology: str
     vmem_bytes: int
     hbm_bytes: int
@@ -39,20 +41,20 @@ class Chip:
 # More would be of no use to the kernel, and XLA keeps what it can of a model's activations in the rest.
 _MOST_VMEM_BYTES = 64 * _MIB
 
-# Sources: jax's pallas/mosaic/tpu_info.py (VMEM, matrix units, names), cloud.google.com/tpu/docs (peaks, HBM).
+# Sources: jax's pallas/mosaic/tpu_info.py (VMEM, matrix units, names), cloud.google.com/tpu/docs (peaks, HBM, hosts).
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", ("TPU v4",), "v4:2x2x1", 16 * _MIB, 32 * _GIB, 1228e9, 275e12, 128),
-        Chip("v5e", ("TPU v5 lite", "TPU v5e"), "v5e:2x2", 128 * _MIB, 16 * _GIB, 819e9, 197e12, 128),
-        Chip("v5p", ("TPU v5", "TPU v5p"), "v5p:2x2x1", 64 * _MIB, 95 * _GIB, 2765e9, 459e12, 128),
-        Chip("v6e", ("TPU v6 lite", "TPU v6e"), "v6e:2x2", 128 * _MIB, 32 * _GIB, 1640e9, 918e12, 256),
-        Chip("7x", ("TPU7x",), "tpu7x:2x2x1", 64 * _MIB, 96 * _GIB, 3690e9, 1154e12, 256, dma_rows=16),
+        Chip("v4", ("TPU v4",), "v4", "v4:2x2x1", 16 * _MIB, 32 * _GIB, 1228e9, 275e12, 128),
+        Chip("v5e", ("TPU v5 lite", "TPU v5e"), "v5litepod", "v5e:2x2", 128 * _MIB, 16 * _GIB, 819e9, 197e12, 128),
+        Chip("v5p", ("TPU v5", "TPU v5p"), "v5p", "v5p:2x2x1", 64 * _MIB, 95 * _GIB, 2765e9, 459e12, 128),
+        Chip("v6e", ("TPU v6 lite", "TPU v6e"), "v6e", "v6e:2x2", 128 * _MIB, 32 * _GIB, 1640e9, 918e12, 256),
+        Chip("7x", ("TPU7x",), "tpu7x", "tpu7x:2x2x1", 64 * _MIB, 96 * _GIB, 3690e9, 1154e12, 256, dma_rows=16),
     )
 }
 
 # Where nobody says which chip it is: any but v4.
-_UNNAMED = Chip("any", (), "", 64 * _MIB, 16 * _GIB, 819e9, 197e12, 128)
+_UNNAMED = Chip("any", (), "", "", 64 * _MIB, 16 * _GIB, 819e9, 197e12, 128)
 
 
 def named(name: str | None) -> Chip:
@@ -71,3 +73,8 @@ def named(name: str | None) -> Chip:
 def name_of(device_kind: str) -> str | None:
     """The name of the chip whose devices PJRT calls ``device_kind``; None for one that is not listed here."""
     return next((chip.name for chip in CHIPS.values() if device_kind in chip.device_kinds), None)
+
+
+def name_on(accelerator: str | None) -> str | None:
+    """The name of the chip on hosts that Cloud TPU calls so ("v5litepod"); None for one that is not listed here."""
+    return next((chip.name for chip in CHIPS.values() if accelerator in (chip.accelerator, chip.name)), None)
