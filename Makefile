@@ -10,7 +10,8 @@ PYTHON_CANDIDATES := $(PYTHON) $(if $(filter file,$(origin PYTHON)),python3)
 UV_VERSION := 0.13.9
 # A TPU belongs to one process; elsewhere two of one thread each are faster than one of two.
 TEST_PROCESSES ?= $(if $(filter TPU,$(PJRT_DEVICE)),0,2)
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES)
+# Tests take from milliseconds to minutes, so a process without work takes some from the other.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist=worksteal
 # In processes of their own: XLA's CPU compiler was seen to crash in one that had compiled hundreds of programs before.
 KERNEL_TESTS := tests/test_pallas.py tests/test_aot.py tests/without_torch
 
