@@ -69,7 +69,7 @@ soak: $(INSTALL_STAMP) ## serve thousands of random requests on XLA; the counter
 	@$(BIN)/python -m benchmarks.soak $(ARGS) > benchmarks/soak.txt; status=$$?; cat benchmarks/soak.txt; exit $$status
 
 family-table: $(INSTALL_STAMP) ## write the README's table of models from the tests' families
-	@$(BIN)/python tests/hf/family_table.py
+	@PYTHONPATH=. $(BIN)/python tests/hf/family_table.py
 
 bench-tpu: $(INSTALL_STAMP) $(PEER_STAMP) ## model the TPU kernel's time on v6e, v5e and 7x, beside its peers (they need tpusim)
 	@$(BIN)/python -m benchmarks.bench_tpu_model --chip v6e v5e 7x --kernels ours v2 v3 $(ARGS)

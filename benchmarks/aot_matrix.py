@@ -15,13 +15,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks import compile_matrix
+from benchmarks.readme import README, with_table
 from torch_rpa import workloads
 from torch_rpa.aot import models, table
 from torch_rpa.aot.answer import answer
 from torch_rpa.aot.plan import DEFAULT_CONTEXT, Plan
 
-README = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- fits: `make aot-matrix` writes this -->\n", "<!-- fits end -->\n"
 RESULTS = Path(__file__).with_name("aot_matrix.jsonl")
 CHIPS = ("v4", "v5e", "v5p", "v6e")
 SOURCES = (*compile_matrix.SOURCES, "aot/plan.py", "aot/times.py", "tpu_time/*.py")
@@ -81,8 +80,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chip", nargs="+", choices=CHIPS, default=CHIPS, help="compile for these only")
     compile_missing(parser.parse_args().chip)
-    before, rest = README.read_text().split(BEGIN)
-    README.write_text(before + BEGIN + markdown(read_results()) + END + rest.split(END)[1])
+    README.write_text(with_table("fits", markdown(read_results())))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,16 @@
 """The README's table of models: what each family's attention layers ask for, recorded from its tiny model.
 
-`python tests/hf/family_table.py` writes it between the markers in README.md.
+`make family-table` writes it between the markers in README.md.
 """
 
 from functools import cache
-from pathlib import Path
 
 from tiny_models import FAMILIES, make_model
 
+from benchmarks.readme import README, with_table
 from torch_rpa.hf import layers
 from torch_rpa.hf.cache import kv_source_layers
 from torch_rpa.hf.layers import AttentionCall
-
-README = Path(__file__).parents[2] / "README.md"
-BEGIN, END = "<!-- families: `make family-table` writes this -->\n", "<!-- families end -->\n"
 
 
 @cache
@@ -70,12 +67,5 @@ def _extras(family: str) -> list[str]:
     return extras
 
 
-def readme_with_table(readme: str) -> str:
-    """The README's text with the table as it should be."""
-    before, rest = readme.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}{table()}{END}{after}"
-
-
 if __name__ == "__main__":
-    README.write_text(readme_with_table(README.read_text()))
+    README.write_text(with_table("families", table()))

@@ -4,10 +4,11 @@ from functools import cache
 
 import pytest
 import torch
-from family_table import README, attention_calls, options_that_matter, readme_with_table
+from family_table import attention_calls, options_that_matter, table
 from tiny_models import FAMILIES, VOCAB_SIZE, make_model, make_prompts, plain_greedy, smallest_lead, tokens
 from transformers import AttentionInterface
 
+from benchmarks.readme import README, with_table
 from torch_rpa import hf
 from torch_rpa.hf import attention, experts
 from torch_rpa.hf.cache import PagedKVCache
@@ -174,5 +175,4 @@ def test_experts_on_cpu_tensors_stay_the_users():
 
 
 def test_the_readme_lists_these_families():
-    readme = README.read_text()
-    assert readme == readme_with_table(readme), "out of date: make family-table"
+    assert README.read_text() == with_table("families", table()), "out of date: make family-table"
