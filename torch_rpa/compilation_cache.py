@@ -11,8 +11,8 @@ def use_compilation_cache(folder: str | os.PathLike, *, readonly: bool = False) 
     version of torch_xla or of libtpu should get another folder. Processes may share one.
 
     Args:
-        folder: made if it is not there.
-        readonly: only look there; for all processes but one where many share a folder over a network.
+        folder: on this host, made if it is not there.
+        readonly: only look there; for all hosts but one where several share a folder over a network.
 
     Raises:
         RuntimeError: programs have been compiled already, or the call was made before.
