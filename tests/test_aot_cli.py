@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from benchmarks import aot_matrix
-from torch_rpa import workloads
-from torch_rpa.aot import OpCase, Report, __main__, models, times, whole_model
+from torch_rpa import aot_graph, workloads
+from torch_rpa.aot import OpCase, Report, __main__, hbm_copies, models, times, whole_model
 from torch_rpa.aot import answer as answers
 from torch_rpa.aot.plan import Plan
 from torch_rpa.kernels import chips
@@ -125,6 +125,14 @@ def test_an_op_that_does_not_compile_says_why_in_one_line_and_exits_with_1(monke
     assert all(error in line and advice in line for line in errors)
 
 
+def test_a_chip_without_a_time_model_says_so_in_the_table(monkeypatch, capsys):
+    monkeypatch.setattr(answers, "compile_report", lambda case, dump: good_report(case))
+    assert __main__.main(["--chip", "v4", "--model", "llama-3-8b"]) == 0
+    out = capsys.readouterr().out
+    assert rows(out)["decode 13 x 8192"] == rows(out)["prefill 512 at 8192"] == ["not modelled"] * 2
+    assert out.count("Not modelled: time is modelled for v5e, v5p, v6e, 7x; nothing says how v4 is timed") == 1
+
+
 def test_a_copy_in_the_program_is_an_error(monkeypatch, capsys):
     assert run(monkeypatch, *LLAMA, copies=("bf16[512,4096]",)) == 1
     assert "error: read: copies of bf16[512,4096]" in capsys.readouterr().out
@@ -171,6 +179,31 @@ def test_every_chip_has_memory_for_a_model_of_its_size():
     assert all(chip.vmem_bytes < chip.hbm_bytes < 2**37 for chip in chips.CHIPS.values())
 
 
+@pytest.mark.parametrize(
+    ("chip", "num_chips", "topology"),
+    [
+        ("v5e", 1, "v5e:2x2"), ("v6e", 4, "v6e:2x2"), ("v6e", 8, "v6e:2x4"), ("v5e", 16, "v5e:4x4"),
+        ("v6e", 32, "v6e:4x8"), ("v5p", 8, "v5p:2x2x2"), ("v4", 16, "v4:2x2x4"), ("v5p", 32, "v5p:2x4x4"),
+    ],
+)  # fmt: skip
+def test_a_plan_is_compiled_for_the_smallest_slice_that_has_its_chips(chip, num_chips, topology):
+    assert chips.named(chip).topology_of(num_chips) == topology
+
+
+def test_what_crosses_chips_and_what_is_copied_is_read_from_the_compiled_program():
+    text = """
+  %all-reduce.1 = bf16[512,4096]{1,0:T(8,128)} all-reduce(%fusion.17), channel_id=4
+  %ag = (bf16[8,64]{1,0}, bf16[32,64]{1,0}, u32[]{:S(2)}) all-gather-start(%fusion.18), dimensions={0}
+  %done = bf16[32,64]{1,0} all-gather-done(%ag)
+  %t.1 = bf16[512,4096]{1,0} transpose(%gather.3), dimensions={0,1}
+  %t.2 = bf16[4096,512]{1,0} transpose(%gather.3), dimensions={1,0}
+  %copy.1 = f32[64]{0} copy(%x), backend_config={}
+  %copy.2 = f32[]{:T(128)S(6)} copy(%y)
+  %copy.3 = s32[64,64]{1,0} copy(%z)"""
+    assert aot_graph.collectives(text) == [("all-reduce", "bf16[512,4096]"), ("all-gather", "bf16[32,64]")]
+    assert hbm_copies(text) == ("bf16[4096,512]", "f32[64]")
+
+
 def test_tuning_prints_the_blocks_that_were_tried_the_fastest_first(monkeypatch, capsys):
     def modelled_times(case, dump):
         microseconds = 80.0 if case.options.get("num_queries_per_block") == 256 else 100.0
@@ -199,6 +232,23 @@ def test_the_matrix_has_a_row_for_each_model_and_a_column_for_each_chip_that_was
     ]
 
 
+def test_the_matrix_goes_on_where_it_stopped(monkeypatch, tmp_path):
+    names, asked = list(workloads.MODELS), []
+
+    def stopped_at_the_third(plan, reading):
+        asked.append(plan.model.name)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return answers.Answer(plan)
+
+    monkeypatch.setattr(aot_matrix, "RESULTS", tmp_path / "results.jsonl")
+    monkeypatch.setattr(aot_matrix, "answer", stopped_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        aot_matrix.compile_missing(["v6e"])
+    aot_matrix.compile_missing(["v6e"])
+    assert asked == names[:3] + names[2:]
+
+
 MODEL_REPORT = whole_model.ModelReport(
     None, 90.0, kernels=32, argument_bytes=28 * 2**30, updated_bytes=2**33, cache_bytes=2**33, copies={"bf16[64]": 2}
 )
@@ -209,8 +259,16 @@ def test_a_whole_model_is_a_table_of_its_own(monkeypatch, capsys):
     assert __main__.main([*LLAMA, "--whole-model"]) == 0
     found = rows(capsys.readouterr().out)
     assert found["calls of the attention kernel"] == ["32"]
-    assert found["HBM for weights, cache and inputs"] == ["28.00 GiB"]
+    assert found["HBM of a chip for weights, cache and inputs"] == ["28.00 GiB"]
     assert found["copies"] == ["2 x bf16[64]"]
+    assert "between chips" not in found
+
+
+def test_a_whole_model_for_several_chips_says_what_crosses_them(monkeypatch, capsys):
+    crossing = {"all-reduce": 65, "all-gather of bf16[64,128256]": 1}
+    monkeypatch.setattr(answers, "model_report", lambda plan: MODEL_REPORT._replace(collectives=crossing))
+    assert __main__.main([*LLAMA, "--whole-model", "--num-chips", "4"]) == 0
+    assert rows(capsys.readouterr().out)["between chips"] == ["65 x all-reduce, 1 x all-gather of bf16[64,128256]"]
 
 
 @pytest.mark.parametrize(
@@ -218,9 +276,12 @@ def test_a_whole_model_is_a_table_of_its_own(monkeypatch, capsys):
     [
         ({"error": "XlaRuntimeError: Ran out of memory in memory space hbm"}, "--num-chips"),
         ({"updated_bytes": 2**32}, "the cache is copied"),
+        ({"gathered": ("bf16[4096,4096]",)}, "every chip gathers bf16[4096,4096]"),
     ],
 )
-def test_a_whole_model_that_fails_or_copies_its_cache_exits_with_1(monkeypatch, capsys, changes, problem):
+def test_a_whole_model_that_fails_or_copies_its_cache_or_gathers_a_weight_exits_with_1(
+    monkeypatch, capsys, changes, problem
+):
     monkeypatch.setattr(answers, "model_report", lambda plan: MODEL_REPORT._replace(**changes))
     assert __main__.main([*LLAMA, "--whole-model", "--json"]) == 1
     (found,) = json.loads(capsys.readouterr().out)["problems"]
@@ -229,7 +290,7 @@ def test_a_whole_model_that_fails_or_copies_its_cache_exits_with_1(monkeypatch, 
 
 @pytest.mark.parametrize(
     ("argv", "option"),
-    [([*LLAMA, "--num-chips", "2"], "--num-chips"), (["--chip", "v6e", "--heads", "8/8/128"], "--heads")],
+    [([*LLAMA, "--tune"], "--tune"), (["--chip", "v6e", "--heads", "8/8/128"], "--heads")],
 )
 def test_what_a_whole_model_cannot_be_compiled_with_is_refused(capsys, argv, option):
     assert __main__.main([*argv, "--whole-model"]) == 1

@@ -1,11 +1,16 @@
 """Several chips: SPMD is for a whole process, so these tests run in one of their own (``tests/spmd``)."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from torch_rpa import workloads
+from torch_rpa.aot import models, whole_model
+from torch_rpa.aot.plan import Plan
 
 FOLDER = Path(__file__).with_name("spmd")
 
@@ -44,10 +49,18 @@ def test_libtpu_compiles_a_whole_sharded_model_with_megatrons_collectives(tmp_pa
     """For each layer an all-reduce after the attention and one after the MLP; one for the embedding, whose rows are
     spread over the chips, and an all-gather of the logits. Nothing gathers q, k, v, pages or a weight."""
     pytest.importorskip("libtpu")
-    run(FOLDER / "model_program.py", "v5e", "4", tmp_path / "program")
-    report = json.loads(run(FOLDER / "program.py", "compile", "v5e:2x2", tmp_path / "program").splitlines()[-1])
-    assert report["kernels"] == 2, "the Pallas kernel must be inside"
-    assert sorted(report["collectives"]) == ["all-gather"] + ["all-reduce"] * (1 + 2 * 2)
-    assert report["gathered"] == ["bf16[64,32768]"], "the logits of 64 sequences"
-    assert report["alias_bytes"] == json.loads((tmp_path / "program").read_text())["cache_bytes"] // 4
-    assert report["temp_bytes"] < 2**24
+    config = workloads.MODELS["llama-3-8b"].config | {"num_hidden_layers": 2, "vocab_size": 32768}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    plan = Plan("v5e", models.of_name(str(tmp_path)), num_chips=4)
+    report = whole_model.model_report(plan)
+    assert report.error is None
+    assert report.kernels == 2, "the Pallas kernel must be inside"
+    gathers = {name: count for name, count in report.collectives.items() if name != "all-reduce"}
+    assert report.collectives["all-reduce"] == 1 + 2 * 2
+    assert list(gathers.values()) == [1]
+    assert re.fullmatch(r"all-gather of bf16\[(64,32768|4,8192,64)\]", *gathers), "the logits of 64 sequences"
+    assert report.gathered == ()
+    assert report.updated_bytes == report.cache_bytes == plan.cache_tokens * plan.token_bytes
+    norms, inputs = 2 * 5 * 4096, 2**16
+    assert 0 <= report.argument_bytes - report.cache_bytes - plan.weight_bytes < norms + inputs
+    assert report.temp_bytes < 2**24

@@ -8,14 +8,40 @@
 
 PyTorch/XLA traces on whatever device the process has; a graph for several chips needs as many devices there
 (``CPU_NUM_DEVICES=8``) and SPMD. Compiling may be done in another process: a program is text and integers.
+
+What is too large for this host is traced with placeholders, which have a shape and no memory:
+
+    with aot_graph.traced_for("v6e"), aot_graph.without_memory() as shardings:
+        ...
+        program = aot_graph.traced_program([pages, out], updated=[pages], shardings=shardings)
 """
 
 import io
+import re
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
 from unittest import mock
 
-__all__ = ["Program", "compile_program", "traced_for", "traced_program"]
+__all__ = [
+    "Collective",
+    "Program",
+    "collectives",
+    "compile_program",
+    "placeholder",
+    "traced_for",
+    "traced_program",
+    "without_memory",
+]
+
+_SHAPE = re.compile(r"\w+\[([\d,]*)\]")
+_COLLECTIVE = re.compile(
+    r"= (.*) (all-gather|all-reduce|all-to-all|collective-permute|ragged-all-to-all|reduce-scatter)(?:-start)?\("
+)
+_PARAMETER = re.compile(r"= (\S+) parameter\(\d+\), sharding=\{devices=")
+_UNSHARDED_PARAMETER = re.compile(r" parameter\((\d+)\)(?!, sharding)")
 
 
 @dataclass(frozen=True)
@@ -24,6 +50,32 @@ class Program:
 
     hlo: str
     updated: tuple[int, ...]
+
+    def sharded_sizes(self) -> set[int]:
+        """How many elements the parameters have that are spread over chips."""
+        return {_num_elements(shape) for shape in _PARAMETER.findall(self.hlo)}
+
+
+class Collective(NamedTuple):
+    """What crosses chips in a compiled program: the name of an HLO instruction, and its result, "bf16[512,4096]"."""
+
+    kind: str
+    shape: str
+
+    @property
+    def num_elements(self) -> int:
+        return _num_elements(self.shape)
+
+
+def collectives(text: str) -> list[Collective]:
+    """All that crosses chips in the text of a compiled program; of several results the largest."""
+    found = ((kind, _SHAPE.finditer(result)) for result, kind in _COLLECTIVE.findall(text))
+    return [Collective(kind, max((s[0] for s in shapes), key=_num_elements)) for kind, shapes in found]
+
+
+def _num_elements(shape: str) -> int:
+    sizes = _SHAPE.search(shape)[1]
+    return prod(map(int, sizes.split(","))) if sizes else 1
 
 
 @contextmanager
@@ -42,19 +94,64 @@ def traced_for(chip: str):
             bridge.forget_computations()
 
 
-def traced_program(results, updated=()) -> Program:
+def placeholder(shape, dtype):
+    """A tensor that becomes a parameter of the traced graph, and has no memory."""
+    from torch_xla.core.xla_builder import create_placeholder_tensor
+
+    return create_placeholder_tensor(tuple(shape), dtype)
+
+
+@contextmanager
+def without_memory() -> Iterator[dict[int, str]]:
+    """Make pages as placeholders, and shard placeholders, which have no data to be moved, in the graph alone.
+
+    Gives, by tensor, the shardings so far, for ``traced_program``: the graph's parameters do not have them.
+    """
+    import torch_xla
+
+    from torch_rpa import bridge, sharding
+
+    shardings = {}
+
+    def mark_spec(heads, tensor, spec):
+        torch_xla._XLAC._xla_annotate_custom_sharding(tensor, heads.mesh.get_op_sharding(spec))
+        shardings[torch_xla._XLAC._xla_get_tensor_id(tensor)] = sharding.sharding_of(tensor)
+        return tensor
+
+    def zeros_pages(shape, dtype, device):
+        pages, heads = placeholder(shape, dtype), sharding.current()
+        return pages if heads is None else heads.mark("kv_pages", pages)
+
+    with (
+        mock.patch.object(bridge, "zeros_pages", zeros_pages),
+        mock.patch.object(sharding.HeadSharding, "mark_spec", mark_spec),
+    ):
+        yield shardings
+
+
+def traced_program(results, updated=(), shardings=None) -> Program:
     """The graph that has been traced for ``results``.
 
     Args:
         results: XLA tensors, those that the graph updates in place included.
         updated: those of them whose buffer the graph takes and gives back, such as the pages of every layer.
+        shardings: what ``without_memory`` gave; the other parameters then stand on every chip.
     """
     import torch_xla
 
     xla = torch_xla._XLAC
     parameters, _ = xla._get_tensors_xla_device_data_node(list(results))
     hlo = xla._get_xla_tensors_hlo(list(results))
+    if shardings:
+        hlo = _with_shardings(hlo, [shardings.get(tensor, "{replicated}") for tensor in parameters])
     return Program(hlo, tuple(parameters.index(xla._xla_get_tensor_id(tensor)) for tensor in updated))
+
+
+def _with_shardings(hlo: str, shardings: list[str]) -> str:
+    """The HLO with a sharding for each parameter of its entry computation."""
+    called, entry, body = hlo.partition("\nENTRY ")
+    body = _UNSHARDED_PARAMETER.sub(lambda match: f"{match[0]}, sharding={shardings[int(match[1])]}", body)
+    return called + entry + body
 
 
 def compile_program(program: Program, topology_name: str, num_chips: int | None = None):

@@ -1,7 +1,7 @@
 """Trace two attention blocks of Llama-3-8B's shape for TPU, sharded over as many virtual chips as asked, and compile.
 
 python program.py trace v5e 4 FILE 8    chip, chips, file, KV heads
-python program.py compile v5e:2x2 FILE  prints what the tests assert, as JSON; also for model_program.py
+python program.py compile v5e:2x2 FILE  prints what the tests assert, as JSON
 """
 
 import json
@@ -65,10 +65,8 @@ def compile_for(topology_name, path):
     program = json.loads(Path(path).read_text())
     compiled = aot_graph.compile_program(aot_graph.Program(program["hlo"], tuple(program["updated"])), topology_name)
     text, memory = compiled.hlo_modules()[0].to_string(), compiled.get_compiled_memory_stats()
-    names = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
     return {
-        "collectives": re.findall(rf" ({names})(?:-start)?\(", text),
-        "gathered": re.findall(r"= (\w+\[[\d,]*\])\S* all-gather\(", text),
+        "collectives": [kind for kind, _ in aot_graph.collectives(text)],
         "copies": aot.hbm_copies(text),
         "kernels": len(re.findall(r'custom_call_target="tpu_custom_call"', text)),
         "alias_bytes": memory.alias_size_in_bytes,

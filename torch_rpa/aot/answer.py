@@ -82,6 +82,8 @@ class Answer:
             return f"the whole model: {explain(self.model.error)}"
         if self.model.updated_bytes < self.model.cache_bytes:
             return "the whole model: the cache is copied, not updated in place"
+        if self.model.gathered:
+            return f"the whole model: every chip gathers {', '.join(self.model.gathered)}: try another --num-chips"
         return None
 
 

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
 _MODEL_DIM = 1024  # of the projections around the op; it changes nothing in the kernel
-# ``copy-start`` is none: it moves an array between memories as it is.
-_COPY = re.compile(r"= (?!s32)(\w+\[[\d,]*\])\S* (?:copy|transpose)\(")
+# ``copy-start`` is none: it moves an array between memories as it is. Nor is a transpose that keeps the order.
+_COPY = re.compile(r"= (?!s32)(\w+\[\d[\d,]*\])\S* (?:copy|transpose)\([^)]*\)(?:, dimensions=\{([\d,]*)\})?")
 _KERNEL_CALL = re.compile(r'^.*custom_call_target="tpu_custom_call".*$', re.MULTILINE)
 _USED_VMEM = re.compile(r'used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"')
 
@@ -164,8 +164,9 @@ def report(case: OpCase) -> Report:
 
 
 def hbm_copies(text: str) -> tuple[str, ...]:
-    """Shapes of all arrays that a compiled program copies or transposes in HBM, int32 metadata left out."""
-    return tuple(_COPY.findall(text))
+    """Shapes of all arrays that a compiled program copies or transposes, int32 metadata and scalars left out."""
+    found = ((shape, dimensions.split(",")) for shape, dimensions in _COPY.findall(text))
+    return tuple(shape for shape, dimensions in found if dimensions == [""] or dimensions != sorted(dimensions))
 
 
 def kernel_config(case: OpCase):

@@ -71,6 +71,10 @@ class Plan:
         left = chips.CHIPS[self.chip].hbm_bytes - (self.weight_bytes or 0)
         return max(0, int(left * CACHE_SHARE) // (self.token_bytes * self.page_size)) * self.page_size
 
+    @property
+    def cache_pages(self) -> int:
+        return self.cache_tokens // self.page_size
+
     def heads_of_one_chip(self, kind: LayerKind) -> tuple[int, int, int]:
         """(num_q_heads, num_kv_heads, head_dim) that one chip computes; with more chips than KV heads each has one."""
         num_q_heads, num_kv_heads, head_dim = kind.heads
@@ -89,9 +93,7 @@ class Plan:
 
     def _case(self, kind: LayerKind, update: bool) -> OpCase:
         # One layer's pages: as many as the page table has room for, but those of one layer fit easily.
-        num_pages = max(
-            self.pages_per_seq, min(self.max_seqs * self.pages_per_seq, self.cache_tokens // self.page_size)
-        )
+        num_pages = max(self.pages_per_seq, min(self.max_seqs * self.pages_per_seq, self.cache_pages))
         return OpCase(
             chip=self.chip,
             heads=self.heads_of_one_chip(kind),

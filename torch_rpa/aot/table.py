@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from torch_rpa.aot import times
 from torch_rpa.aot.answer import Answer, OpAnswer
 from torch_rpa.aot.plan import CACHE_SHARE, Plan
 from torch_rpa.aot.tune import Tried
@@ -91,10 +92,10 @@ def _op_rows(answers: list[OpAnswer]) -> list[list[str]]:
         "copies": lambda a: str(len(a.report.copies) or "none"),
         "pages in place": _in_place,
     }
-    names = dict.fromkeys(name for a in answers for name in a.modelled)
-    times = {name: lambda a, name=name: _time(a, name) for name in names}
+    names = dict.fromkeys(name for a in answers for name in times.batches(a.op.case))
+    modelled = {name: lambda a, name=name: _time(a, name) for name in names}
     rows = [[title, *map(cell, answers)] for title, cell in always.items()]
-    compiled = compiled | times
+    compiled = compiled | modelled
     return rows + [[title, *("-" if a.report.error else cell(a) for a in answers)] for title, cell in compiled.items()]
 
 
@@ -111,27 +112,31 @@ def _tuning_rows(tried: Sequence[Tried]) -> list[list[str]]:
 def _model_rows(report: ModelReport) -> list[list[str]]:
     if report.error:
         return [["a step of the whole model compiles", "no"]]
-    copies = ", ".join(f"{count} x {shape}" for shape, count in report.copies.items())
-    return [
+    rows = [
         ["a step of the whole model compiles", f"yes, in {report.seconds:.0f} s"],
         ["calls of the attention kernel", f"{report.kernels}"],
-        ["HBM for weights, cache and inputs", f"{report.argument_bytes / _GIB:.2f} GiB"],
-        ["HBM for intermediate results", f"{report.temp_bytes / _MIB:.0f} MiB"],
+        ["HBM of a chip for weights, cache and inputs", f"{report.argument_bytes / _GIB:.2f} GiB"],
+        ["HBM of a chip for intermediate results", f"{report.temp_bytes / _MIB:.0f} MiB"],
         ["cache updated in place", f"{report.updated_bytes / _GIB:.2f} of {report.cache_bytes / _GIB:.2f} GiB"],
-        ["copies", copies or "none"],
+        ["copies", _counts(report.copies)],
     ]
+    return rows + [["between chips", _counts(report.collectives)]] * bool(report.collectives)
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} x {name}" for name, count in counts.items()) or "none"
 
 
 def _time(answer: OpAnswer, name: str) -> str:
     if name not in answer.modelled:
-        return "-"
+        return "not modelled" if answer.untimed else "-"
     microseconds, share = answer.modelled[name]
     return f"{microseconds:.0f} us, {share:.0%} of " + ("bandwidth" if name.startswith("decode") else "peak")
 
 
 def _time_notes(answer: Answer) -> list[str]:
     """What the modelled times are, the times of whole steps, and why there are none."""
-    untimed = [f"{a.op.name}: no modelled time: {a.untimed}" for a in answer.ops if a.untimed]
+    untimed = dict.fromkeys(f"Not modelled: {a.untimed}" for a in answer.ops if a.untimed)
     steps = [
         [name, f"{1e3 * step.weights:.1f} ms", f"{1e3 * step.attention:.1f} ms", f"{1e3 * sum(step):.1f} ms"]
         for name, step in answer.steps.items()

@@ -1,6 +1,7 @@
 """Hardware facts of the TPUs that the kernel is compiled for, per TensorCore as a program sees it."""
 
 from dataclasses import dataclass
+from math import prod
 
 _MIB, _GIB = 2**20, 2**30
 
@@ -36,6 +37,15 @@ class Chip:
     def vmem_limit_bytes(self) -> int:
         """Of its VMEM what a kernel may take: the compiler keeps a little for itself."""
         return min(self.vmem_bytes * 15 // 16, _MOST_VMEM_BYTES)
+
+    def topology_of(self, num_chips: int) -> str:
+        """The smallest slice that has so many chips: "v6e:2x4" for 8 of v6e, "v5p:2x2x2" for 8 of v5p."""
+        name, _, sides = self.topology.partition(":")
+        sides = [int(side) for side in sides.split("x")]
+        while prod(sides) < num_chips:
+            shortest = max(i for i, side in enumerate(sides) if side == min(sides))
+            sides[shortest] *= 2
+        return f"{name}:{'x'.join(map(str, sides))}"
 
 
 # More would be of no use to the kernel, and XLA keeps what it can of a model's activations in the rest.

@@ -43,7 +43,7 @@ class Kernel:
 
     def __init__(self, folder: str | Path, chip: str) -> None:
         if chip not in CHIPS:
-            raise NotImplementedError(f"time is modelled for {', '.join(CHIPS)}, not for {chip}")
+            raise NotImplementedError(f"time is modelled for {', '.join(CHIPS)}; nothing says how {chip} is timed")
         self._timing = CHIPS[chip]
         path = listing_of_largest_kernel(Path(folder))
         allocations = listing.allocations(other_stage(path, "post-delay-converter.txt"))
