@@ -120,7 +120,13 @@ def _model_rows(report: ModelReport) -> list[list[str]]:
         ["cache updated in place", f"{report.updated_bytes / _GIB:.2f} of {report.cache_bytes / _GIB:.2f} GiB"],
         ["copies", _counts(report.copies)],
     ]
-    return rows + [["between chips", _counts(report.collectives)]] * bool(report.collectives)
+    return rows + [["between chips", _crossing(report)]] * bool(report.collectives)
+
+
+def _crossing(report: ModelReport) -> str:
+    a_layer = {name: count // report.kernels for name, count in report.collectives.items()}
+    named = {f"{name} ({n} a layer)" if (n := a_layer[name]) else name: x for name, x in report.collectives.items()}
+    return _counts(named)
 
 
 def _counts(counts: dict[str, int]) -> str:
