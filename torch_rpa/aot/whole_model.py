@@ -63,7 +63,8 @@ def model_report(plan: Plan) -> ModelReport:
     environment = child_environment() | {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(plan.num_chips)}
     result = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if result.returncode == 0:
-        return ModelReport(**json.loads(result.stdout.splitlines()[-1]))
+        fields = json.loads(result.stdout.splitlines()[-1])
+        return ModelReport(**fields | {"gathered": tuple(fields["gathered"])})
     return ModelReport(failure(result), round(time.perf_counter() - start, 1))
 
 
