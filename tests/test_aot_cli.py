@@ -310,6 +310,7 @@ def test_a_step_of_a_whole_model_compiles_with_its_cache_in_place_and_without_it
     assert report.argument_bytes > 15 * 2**30, "weights and cache of a chip, far more than this process may hold"
     sizes = [math.prod(map(int, re.findall(r"\d+", shape.partition("[")[2]))) for shape in report.copies]
     assert max(sizes, default=0) <= 64 * 4096, "of rows of the step, not of weights or of the cache"
+    assert report.copies.get("bf16[64,1024]", 0) <= 2, "of k in two layers, for RoPE's sake; v has none"
 
 
 @pytest.mark.slow

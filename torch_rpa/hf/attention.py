@@ -64,8 +64,9 @@ def paged_attention(
     cache, layer = rpa_batch.cache, module.layer_idx
     metadata = (rpa_batch.kv_lens, rpa_batch.page_indices, rpa_batch.cu_q_lens, rpa_batch.num_seqs)
     options = {"sm_scale": scaling, "sliding_window": sliding_window, "soft_cap": softcap, "sinks": s_aux}
-    # [1, heads, tokens, dim] -> [tokens, heads, dim]: views of the projections, so that no copy is made.
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    # [1, heads, tokens, dim] -> [tokens, heads, dim]: views of the projections, so that no copy is made. The transpose
+    # comes first, as the very one that XLA can cancel against the model's own.
+    q, k, v = (x.transpose(1, 2)[0] for x in (query, key, value))
     if cache.writes(layer):
         op = torch.ops.rpa.ragged_paged_attention_update_
         out = op(q, k, v, cache.layer_pages(layer), *metadata, **options)
