@@ -25,10 +25,12 @@ SOURCES = [
     "csrc_stub/kernel.cpp",
     "csrc_stub/attention.cpp",
     "csrc_stub/write_pages.cpp",
+    "csrc_stub/linear_op.cpp",
+    "csrc_stub/linear.cpp",
 ]
-# attention.cpp is compiled again for each of these; which one runs is chosen at run time (csrc_stub/kernel.cpp).
+# These are compiled again for each of the capabilities; which one runs is chosen at run time (csrc_stub/kernel.cpp).
 # The names and macros are those of ATen, whose vector types depend on them.
-KERNEL_SOURCE = "csrc_stub/attention.cpp"
+KERNEL_SOURCES = ["csrc_stub/attention.cpp", "csrc_stub/linear.cpp"]
 CPU_CAPABILITIES = {
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
     "AVX512": [
@@ -115,19 +117,19 @@ def capability_flags(name):
 
 
 def build_for_each_capability(build_extension_class):
-    """torch's BuildExtension, which also links the kernel's objects for each vector unit."""
+    """torch's BuildExtension, which also links the kernels' objects for each vector unit."""
 
     class BuildForEachCapability(build_extension_class):
         def build_extension(self, ext):
             with ThreadPoolExecutor() as pool:
-                objects = pool.map(lambda name: self.compile_kernel(ext, name), capabilities())
+                objects = pool.map(lambda name: self.compile_kernels(ext, name), capabilities())
                 # They come last, so that of functions in several objects the linker takes the baseline's.
                 ext.extra_objects = [path for paths in objects for path in paths]
             super().build_extension(ext)
 
-        def compile_kernel(self, ext, name):
+        def compile_kernels(self, ext, name):
             return self.compiler.compile(
-                [KERNEL_SOURCE],
+                KERNEL_SOURCES,
                 output_dir=str(Path(self.build_temp, name)),
                 include_dirs=ext.include_dirs,
                 extra_postargs=[*COMPILE_FLAGS, *capability_flags(name)],

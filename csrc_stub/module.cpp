@@ -10,7 +10,7 @@ namespace {
 
 // To be raised with every change of the schemas, here and in torch_rpa/native.py: so that it can tell a library that was
 // built from older sources.
-constexpr long kInterface = 1;
+constexpr long kInterface = 2;
 
 }  // namespace
 
@@ -26,6 +26,7 @@ TORCH_LIBRARY(rpa_native, m) {
       "float v_scale, bool causal, int? sliding_window, float? soft_cap) -> Tensor out");
   m.def(
       "write_kv_pages_(Tensor(a!) kv_pages, Tensor k, Tensor v, Tensor slots, float k_scale, float v_scale) -> ()");
+  m.def("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
 }
 
 PyMODINIT_FUNC PyInit__C() {

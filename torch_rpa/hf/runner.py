@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from torch_rpa import sharding
-from torch_rpa.hf import attention, tensor_parallel
+from torch_rpa.hf import attention, linear, tensor_parallel
 from torch_rpa.hf.batch import BatchLayout
 from torch_rpa.hf.cache import PagedKVCache, pool_pages
 from torch_rpa.hf.config import EngineConfig
@@ -110,7 +110,8 @@ class ModelRunner:
 
     def _execute(self, layout: BatchLayout, cache: PagedKVCache, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         if self.model.device.type != "xla":
-            return run_step(self.model, layout, cache, *inputs)
+            with linear.on_device(self.model.device):
+                return run_step(self.model, layout, cache, *inputs)
         return self._steps_on_xla().run(layout, cache, inputs)
 
     def _steps_on_xla(self):

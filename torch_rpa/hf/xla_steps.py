@@ -68,7 +68,7 @@ class XlaSteps:
         return results
 
     def _traced(self, layout, cache, inputs) -> list[torch.Tensor]:
-        with linear.for_device():
+        with linear.on_device(self._model.device):
             return self._function(layout, cache, *inputs)
 
     def _compiled(self, layout, cache, inputs) -> list[torch.Tensor]:
