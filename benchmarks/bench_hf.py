@@ -98,7 +98,8 @@ def engine(device: str, xla_step: str = "replay") -> Callable:
         from torch_rpa.hf.state import engine_of
 
         model = _load(device)
-        buckets = (batch, 4 * batch, 16 * batch) if device == "xla" else None
+        # One request is left, all decode, prompts beside them.
+        buckets = (1, batch, 2 * batch, 4 * batch, 8 * batch, 16 * batch) if device == "xla" else None
         num_pages = batch * MAX_TOKENS // 16
         hf.patch(model, max_num_seqs=batch, token_buckets=buckets, num_pages=num_pages, xla_step=xla_step)
         engine = engine_of(model)

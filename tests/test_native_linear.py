@@ -9,7 +9,7 @@ from torch_rpa import native
 
 pytestmark = [needs_native, pytest.mark.usefixtures("no_grad")]
 
-# Around the kernel's tiles (4 rows, up to 4 columns), its blocks (64 rows, 768 elements) and its vectors (8 or 16 lanes).
+# Around the kernel's tiles (4 rows, up to 4 columns), blocks (64 rows, 768 elements) and vectors (8 or 16 lanes).
 ROWS = (1, 2, 3, 4, 5, 8, 63, 64, 65, 131)
 COLUMNS = (1, 3, 4, 33, 130)
 DEPTHS = (1, 7, 16, 100, 768, 769, 1700)
@@ -30,7 +30,9 @@ def assert_is_product(out, x, weight, bias=None) -> None:
     expected, magnitude = x @ weight.T, x.abs() @ weight.abs().T
     if bias is not None:
         expected, magnitude = expected + bias, magnitude + bias.abs()
-    assert out.shape == expected.shape and out.dtype == torch.float32 and out.is_contiguous()
+    assert out.shape == expected.shape
+    assert out.dtype == torch.float32
+    assert out.is_contiguous()
     assert ((out - expected).abs() <= 4 * torch.finfo(torch.float32).eps * magnitude).all()
 
 
@@ -77,7 +79,8 @@ def test_what_is_not_finite_stays_in_its_rows_and_columns():
     expected = native.linear(x, weight)
     x[4, 39], weight[20, 0] = torch.nan, torch.inf
     out = native.linear(x, weight)
-    assert out[4].isnan().all() and not out[:, 20].isfinite().any()
+    assert out[4].isnan().all()
+    assert not out[:, 20].isfinite().any()
     rows, columns = torch.arange(9) != 4, torch.arange(21) != 20
     assert torch.equal(out[rows][:, columns], expected[rows][:, columns])
 

@@ -110,9 +110,11 @@ def write_kv_pages(k, v, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, o
     inside &= (position >= 0) & (page >= 0) & (page < num_pages)
     slot = jnp.where(inside, page * page_size + position % page_size, num_pages * page_size)
     new = [quantize(x, kv_pages.dtype, _divisor(scale)) for x, scale in ((k, options.k_scale), (v, options.v_scale))]
-    new = jnp.stack(new, axis=2)
+    new = _as_bits(jnp.stack(new, axis=2)).reshape(num_tokens, -1)
+    if num_tokens == 1:  # XLA makes of one row's scatter an update of a slice, and copies all pages before it
+        slot, new = jnp.pad(slot, (0, 1), constant_values=num_pages * page_size), jnp.pad(new, ((0, 1), (0, 0)))
     tokens = _as_bits(kv_pages).reshape(num_pages * page_size, num_kv_heads * 2 * head_dim)
-    tokens = tokens.at[slot].set(_as_bits(new).reshape(num_tokens, -1), mode="drop")
+    tokens = tokens.at[slot].set(new, mode="drop")
     return lax.bitcast_convert_type(tokens, kv_pages.dtype).reshape(kv_pages.shape)
 
 
@@ -138,6 +140,7 @@ def _attend_tile(q, kv_pages, pages, first_p, kv_len, block_pages, sinks, option
     rows, num_q_heads, head_dim = q.shape
     _, page_size, num_kv_heads, _, _ = kv_pages.shape
     group = num_q_heads // num_kv_heads
+    block_keys = block_pages * page_size
     p = first_p + jnp.arange(rows)
     start, end = mask.key_range(first_p, first_p + rows - 1, kv_len, **options.mask)
     start, end = jnp.maximum(start, 0), jnp.minimum(end, kv_len)
@@ -148,19 +151,18 @@ def _attend_tile(q, kv_pages, pages, first_p, kv_len, block_pages, sinks, option
 
     def attend_block(block, state):
         first_page = block * block_pages
-        kv = _fetch(kv_pages, lax.dynamic_slice_in_dim(pages, first_page, block_pages))
-        j = first_page * page_size + jnp.arange(len(kv))
+        keys, values = _fetch(kv_pages, lax.dynamic_slice_in_dim(pages, first_page, block_pages))
+        j = first_page * page_size + jnp.arange(block_keys)
         needed = (j >= start) & (j < end)
-        scores = jnp.einsum("hrd,jhd->hrj", tile, kv[:, :, 0])
+        scores = jnp.einsum("hrd,hdj->hrj", tile, keys)
         if options.soft_cap is not None:
             scores = jnp.tanh(scores / options.soft_cap) * options.soft_cap
         seen = needed & mask.visible(p[:, None], j[None, :], **options.mask)
-        seen = jnp.tile(jnp.broadcast_to(seen, (rows, len(kv))), (group, 1))
+        seen = jnp.tile(jnp.broadcast_to(seen, (rows, block_keys)), (group, 1))
         scores = jnp.where(seen, scores, -jnp.inf)
         # What is not needed may be NaN, and 0 * NaN is NaN.
-        return _online_softmax(state, scores, jnp.where(needed[:, None, None], kv[:, :, 1], 0.0))
+        return _online_softmax(state, scores, jnp.where(needed[:, None], values, 0.0))
 
-    block_keys = block_pages * page_size
     state = _initial_state(num_kv_heads, group, rows, head_dim, sinks)
     state = lax.fori_loop(start // block_keys, -(-end // block_keys), attend_block, state)
     top, total, acc = state
@@ -170,14 +172,19 @@ def _attend_tile(q, kv_pages, pages, first_p, kv_len, block_pages, sinks, option
 
 
 def _fetch(kv_pages, pages):
-    """The named pages in order, as float32 [keys, num_kv_heads, 2, head_dim]."""
+    """The named pages' keys, float32 [num_kv_heads, head_dim, keys], and values, [num_kv_heads, keys, head_dim].
+
+    They are second operands, which XLA's products on CPUs rearrange unless they stand just so.
+    """
 
     def widen():
-        return kv_pages[pages].reshape(-1, *kv_pages.shape[2:]).astype(jnp.float32)
+        kv = kv_pages[pages].reshape(-1, *kv_pages.shape[2:]).astype(jnp.float32)
+        return kv[:, :, 0].transpose(1, 2, 0), kv[:, :, 1].transpose(1, 0, 2)
 
     # XLA's CPU compiler computes in float32 and would hoist one widened copy of all pages out of the loops. It does not
     # hoist out of a branch; the page numbers are never negative.
-    return lax.cond(pages[0] >= 0, widen, lambda: jnp.zeros(jax.eval_shape(widen).shape, jnp.float32))
+    shapes = jax.eval_shape(widen)
+    return lax.cond(pages[0] >= 0, widen, lambda: tuple(jnp.zeros(x.shape, jnp.float32) for x in shapes))
 
 
 def _initial_state(num_kv_heads, group, rows, head_dim, sinks):
@@ -191,14 +198,14 @@ def _initial_state(num_kv_heads, group, rows, head_dim, sinks):
 
 
 def _online_softmax(state, scores, values):
-    """One step of the online softmax: scores [heads, rows, keys], values [keys, heads, head_dim]."""
+    """One step of the online softmax: scores [heads, rows, keys], values [heads, keys, head_dim]."""
     top, total, acc = state
     new_top = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
     # A row that has seen no key yet has a maximum of -inf; 0 in its place keeps exp free of NaN.
     shift = jnp.where(new_top == -jnp.inf, 0.0, new_top)
     weights = jnp.exp(scores - shift)
     decay = jnp.exp(top - shift)
-    acc = acc * decay + jnp.einsum("hrj,jhd->hrd", weights, values)
+    acc = acc * decay + jnp.einsum("hrj,hjd->hrd", weights, values)
     return new_top, total * decay + weights.sum(axis=-1, keepdims=True), acc
 
 
