@@ -284,3 +284,5 @@ def test_no_memory_error_under_address_sanitizer(sanitized_tree):
     run_tests(*tests, "--rootdir", str(sanitized_tree), "-k", SMALL, **env)
     fuzz = str(sanitized_tree / GRIDS[2])
     run_tests(fuzz, "--rootdir", str(sanitized_tree), "-k", "no_metadata or around_blocks or every_width", **env)
+    linear = str(sanitized_tree / "tests/test_native_linear.py")
+    run_tests(linear, "--rootdir", str(sanitized_tree), "-m", "not slow", **env)
