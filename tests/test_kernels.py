@@ -68,12 +68,12 @@ def test_the_jax_functions_take_numpy_arrays():
     assert_matches_oracle(batch, to_torch(out))
 
 
-def compiled_update(kv_dtype, form="heads", q_dtype=jnp.float32, num_pages=4096):
+def compiled_update(kv_dtype, form, num_tokens, q_dtype=jnp.float32, num_pages=4096):
     """The update op compiled for 4096 pages of 16 tokens, with the pages donated."""
     shape = (num_pages, 16, 4, 64) if form == "heads" else (num_pages, 16, 256)
-    int32, rows = jnp.int32, jax.ShapeDtypeStruct((8, 2, 64), q_dtype)
+    int32, rows = jnp.int32, jax.ShapeDtypeStruct((num_tokens, 2, 64), q_dtype)
     specs = {
-        "q": jax.ShapeDtypeStruct((8, 4, 64), q_dtype),
+        "q": jax.ShapeDtypeStruct((num_tokens, 4, 64), q_dtype),
         "k": rows,
         "v": rows,
         "kv_pages": jax.ShapeDtypeStruct(shape, kv_dtype),
@@ -91,10 +91,11 @@ def compiled_update(kv_dtype, form="heads", q_dtype=jnp.float32, num_pages=4096)
     return jax.jit(step, donate_argnums=0).lower(pages, specs).compile(), pages
 
 
+@pytest.mark.parametrize("num_tokens", [1, 8])
 @pytest.mark.parametrize("form", ["heads", "flat"])
 @pytest.mark.parametrize("kv_dtype", [jnp.float32, jnp.int8], ids=["float32", "int8"])
-def test_an_update_makes_no_second_copy_of_the_cache(kv_dtype, form):
-    compiled, pages = compiled_update(kv_dtype, form)
+def test_an_update_makes_no_second_copy_of_the_cache(kv_dtype, form, num_tokens):
+    compiled, pages = compiled_update(kv_dtype, form, num_tokens)
     cache_bytes = pages.size * pages.dtype.itemsize
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes == cache_bytes
