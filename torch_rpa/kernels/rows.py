@@ -35,7 +35,6 @@ def write_rows(config: KernelConfig, refs: Refs, row_block):
 
     def write(i, _):
         rows, lanes = pl.ds(pl.multiple_of(i * count, count), count), config.part_lanes
-        is_row = i * count + lax.broadcasted_iota(jnp.int32, (count, 1), 0) < end_row
         lse = jnp.full((count, config.num_q_heads), -jnp.inf, jnp.float32)
         for head, part, matrix_rows, lane in _places(config, i * count, count):
             kv_head = head // config.group
@@ -43,20 +42,20 @@ def write_rows(config: KernelConfig, refs: Refs, row_block):
             top, total = refs.top_rows.at[kv_head][matrix_rows, :], refs.total_rows.at[kv_head][matrix_rows, :]
             factor, head_lse = softmax.finish(top[:, :1], total.sum(axis=1, keepdims=True), sink)
             acc = refs.acc_rows.at[kv_head, part][matrix_rows, :][:, :lanes] * (factor * config.value_scale)
-            refs.out[rows, lane : lane + lanes] = jnp.where(is_row, acc, 0.0).astype(refs.out.dtype)
-            lse = jnp.where(is_row & (head_lanes == head), head_lse, lse)
+            refs.out[rows, lane : lane + lanes] = acc.astype(refs.out.dtype)
+            lse = jnp.where(head_lanes == head, head_lse, lse)
         if config.with_lse:
             refs.lse[rows, :] = lse
 
-    def write_padding(i, _):
+    def clear_padding(i, _):
         rows = pl.ds(pl.multiple_of(i * count, count), count)
-        refs.out[rows, :] = jnp.zeros((count, refs.out.shape[1]), refs.out.dtype)
+        is_row = i * count + lax.broadcasted_iota(jnp.int32, (count, 1), 0) < end_row
+        refs.out[rows, :] = jnp.where(is_row, refs.out[rows, :], jnp.zeros((), refs.out.dtype))
         if config.with_lse:
-            refs.lse[rows, :] = jnp.full((count, config.num_q_heads), -jnp.inf, jnp.float32)
+            refs.lse[rows, :] = jnp.where(is_row, refs.lse[rows, :], -jnp.inf)
 
-    first_padding = schedule.blocks_of(end_row, count)
-    lax.fori_loop(0, first_padding, write, None)
-    lax.fori_loop(first_padding, config.block_rows // count, write_padding, None)
+    lax.fori_loop(0, schedule.blocks_of(end_row, count), write, None)
+    lax.fori_loop(schedule.whole_blocks(end_row, count), config.block_rows // count, clear_padding, None)
 
 
 def count_rows(config: KernelConfig, refs: Refs, row_block):

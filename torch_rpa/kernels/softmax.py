@@ -135,9 +135,9 @@ def finish(top, total, sink=None):
         total, top = total * decay + exp2(sink - new_top), new_top
     else:
         decay = 1.0
-    is_empty = total == 0
-    lse = jnp.where(is_empty, -jnp.inf, top * LN_2 + jnp.log(jnp.where(is_empty, 1.0, total)))
-    return jnp.where(is_empty, 0.0, decay / jnp.where(is_empty, 1.0, total)), lse
+    at_least_one = jnp.maximum(total, 1.0)  # the top's own weight is 1; no logit at all leaves 0, and acc 0
+    lse = jnp.where(total == 0, -jnp.inf, top * LN_2 + jnp.log(at_least_one))
+    return decay / at_least_one, lse
 
 
 def _matmul(a, b, contract):
