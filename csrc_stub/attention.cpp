@@ -2,16 +2,15 @@
 //
 // For each block of keys, and each KV head of the tile:
 //
-//        few rows, as decode has                 many rows
-//    [A] find the keys                           transpose the keys
-//    [B] scores = q keys^T                       the same bits          [matrix rows, block keys]
+//    [A] find the keys                           [block keys, head_dim]
+//    [B] scores = q keys^T                       [matrix rows, block keys]
 //    [C] soft cap, mask, online softmax          scores become weights; sums of earlier blocks shrink
-//    [D] find the values                                                [block keys, head_dim]
-//    [E] sums += weights values                                         [matrix rows, head_dim]
+//    [D] find the values                         [block keys, head_dim]
+//    [E] sums += weights values                  [matrix rows, head_dim]
 //
-// Few rows are bound by memory: float32 and 16-bit floats are read where they stand on the pages, and the products, which
-// widen the latter in registers, ask for the next head's keys and values. Everything else is copied as float32 in [A] and
-// [D]: many rows would widen it many times. They ask in [A], as their products have better things to do.
+// float32 is read where it stands on the pages, everything else is copied as float32 in [A] and [D]. Few rows, as decode
+// has, are bound by memory: they also read 16-bit floats in place, and widen them in registers, which many rows would do
+// many times. And their products ask for the next head's keys and values; for many rows [A] does.
 //
 // The rows of a matrix are the tile's query rows times the query heads that share the KV head. Keys that no row of the
 // tile sees are never touched: not even multiplied by a weight of 0, which would make NaN of NaN.
@@ -32,7 +31,7 @@ namespace {
 
 constexpr int64_t kBlockKeys = 64;
 static_assert(kBlockKeys % kLanes == 0);
-// Up to so many rows of a matrix, adding lanes takes less time than transposing the keys.
+// Up to so many rows of a matrix, memory is what is waited for.
 constexpr int64_t kMostFewRows = 16;
 
 // State of a tile's rows: those of its first head, then those of the next.
@@ -46,9 +45,7 @@ struct Scratch {
   float* q;       // [state rows, padded head_dim]
   float* sums;    // [state rows, padded head_dim]
   RowState* rows; // [state rows]
-  float* keys;    // [padded head_dim, kBlockKeys]
-  float* tokens;  // [kBlockKeys, padded head_dim]: keys before they are transposed, values
-  float* copies;  // [kLanes, padded head_dim]: keys that do not stand on one page
+  float* tokens;  // [kBlockKeys, padded head_dim]: copies of keys, then of values
   float* scores;  // [matrix rows, kBlockKeys]
 };
 
@@ -69,9 +66,7 @@ int64_t lay_out(const Problem& problem, float* memory, Scratch& scratch) {
   scratch.q = take(state_rows * head_dim);
   scratch.sums = take(state_rows * head_dim);
   scratch.rows = reinterpret_cast<RowState*>(take(state_rows * 2));
-  scratch.keys = take(head_dim * kBlockKeys);
   scratch.tokens = take(kBlockKeys * head_dim);
-  scratch.copies = take(kLanes * head_dim);
   scratch.scores = take(most_matrix_rows(problem) * kBlockKeys);
   return next - memory;
 }
@@ -159,39 +154,6 @@ HeadRows values_of(const Problem& problem, const Block& block, int64_t head) {
 template <typename Page, bool kFewRows>
 using OperandOf = std::conditional_t<kFewRows && sizeof(Page) == 2, Page, float>;
 
-// Whether keys i .. i + kLanes are all of the block and stand on one page, that is at even distances.
-bool on_one_page(const Problem& problem, const Block& block, int64_t i) {
-  return i + kLanes <= block.num_keys && (block.first_key + i) % problem.page_size + kLanes <= problem.page_size;
-}
-
-// [A] The keys of a head for many rows, transposed: as 32-bit words, which hold one to four elements and are then taken
-// apart. Columns past the last key hold anything, and so do the scores that come of them.
-template <typename Page>
-void transpose_keys(
-    const Problem& problem, const Block& block, const HeadRows& keys, const HeadRows& next, const Scratch& scratch) {
-  const int64_t num_words = problem.head_dim * sizeof(Page) / sizeof(float);
-  float* const words = std::is_same_v<Page, float> ? scratch.keys : scratch.tokens;
-  for (int64_t i = 0; i < block.num_keys; i += kLanes) {
-    const char* in = keys.row(i);
-    int64_t stride = problem.slot_stride * sizeof(Page) / sizeof(float);
-    if (!on_one_page(problem, block, i)) {
-      const int64_t last = std::min(i + kLanes, block.num_keys);
-      for (int64_t j = i; j < last; ++j) {
-        std::memcpy(scratch.copies + (j - i) * num_words, keys.row(j), num_words * sizeof(float));
-      }
-      in = reinterpret_cast<const char*>(scratch.copies);
-      stride = num_words;
-    }
-    for (int64_t j = i; j < i + kLanes; ++j) {
-      ask_for_row(next.row(j), 2 * problem.head_dim * sizeof(Page));  // the values come after the keys
-    }
-    transpose_words(reinterpret_cast<const float*>(in), stride, words + i, kBlockKeys, num_words);
-  }
-  if constexpr (!std::is_same_v<Page, float>) {
-    expand_words<Page>(words, scratch.keys, kBlockKeys, num_words, round_up(block.num_keys, kLanes));
-  }
-}
-
 // [A, D] Keys or values in whole vectors: fills `rows` with where each stands.
 template <typename Page, typename Operand>
 void find_rows(
@@ -231,23 +193,35 @@ void weigh(
   }
 }
 
+// [A, D] Calls function(operand) with the keys or values `in`; few rows ask for those of `next` with every load.
+template <typename Page, bool kFewRows, typename Function>
+void with_operand(
+    const Problem& problem, const HeadRows& in, const HeadRows& next, int64_t num_rows, const Scratch& scratch,
+    const Function& function) {
+  using Operand = OperandOf<Page, kFewRows>;
+  const Operand* rows[kBlockKeys];
+  find_rows<Page>(problem, in, num_rows, scratch, rows);
+  if constexpr (kFewRows) {
+    function(AskingRows<Operand, Page>{rows, next});
+  } else {
+    function(Rows<Operand>{rows});
+  }
+}
+
 // [A, B] The scores of num_rows rows of q, all of one head.
 template <typename Page, bool kFewRows>
 void score(
     const Problem& problem, const Block& block, const HeadRows& keys, const HeadRows& next_keys, const float* q,
     int64_t num_rows, const Scratch& scratch) {
-  const int64_t head_dim = padded_head_dim(problem);
-  const int64_t padded_keys = round_up(block.num_keys, kLanes);
-  if constexpr (kFewRows) {
-    const OperandOf<Page, kFewRows>* rows[kBlockKeys];
-    find_rows<Page>(problem, keys, padded_keys, scratch, rows);
-    const AskingRows<OperandOf<Page, kFewRows>, Page> asking{rows, next_keys};
-    score_few_rows(q, head_dim, asking, num_rows, padded_keys, head_dim, scratch.scores, kBlockKeys);
-  } else {
-    transpose_keys<Page>(problem, block, keys, next_keys, scratch);
-    score_many_rows(
-        q, head_dim, scratch.keys, kBlockKeys, num_rows, padded_keys, problem.head_dim, scratch.scores, kBlockKeys);
+  const int64_t head_dim = padded_head_dim(problem), padded_keys = round_up(block.num_keys, kLanes);
+  if constexpr (!kFewRows) {
+    for (int64_t i = 0; i < kBlockKeys; ++i) {
+      ask_for_row(next_keys.row(i), 2 * problem.head_dim * sizeof(Page));  // the values come after the keys
+    }
   }
+  with_operand<Page, kFewRows>(problem, keys, next_keys, padded_keys, scratch, [&](const auto& operand) {
+    score_keys(q, head_dim, operand, num_rows, padded_keys, head_dim, scratch.scores, kBlockKeys);
+  });
 }
 
 // [D, E] Adds the values of a head, weighted for each of num_rows rows, to the sums.
@@ -255,18 +229,10 @@ template <typename Page, bool kFewRows>
 void add_values(
     const Problem& problem, const Block& block, const HeadRows& values, const HeadRows& next_values, float* sums,
     int64_t sums_stride, int64_t num_rows, const Scratch& scratch) {
-  using Operand = OperandOf<Page, kFewRows>;
-  const Operand* rows[kBlockKeys];
-  find_rows<Page>(problem, values, block.num_keys, scratch, rows);
-  const auto add = [&](const auto& operand) {
+  with_operand<Page, kFewRows>(problem, values, next_values, block.num_keys, scratch, [&](const auto& operand) {
     add_product(
         scratch.scores, kBlockKeys, operand, sums, sums_stride, num_rows, block.num_keys, padded_head_dim(problem));
-  };
-  if constexpr (kFewRows) {
-    add(AskingRows<Operand, Page>{rows, next_values});
-  } else {
-    add(Rows<Operand>{rows});
-  }
+  });
 }
 
 template <typename Page, bool kFewRows>

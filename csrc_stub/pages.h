@@ -12,11 +12,9 @@
 #include <c10/util/Float8_e4m3fn.h>
 #include <c10/util/Float8_e5m2.h>
 #include <c10/util/Half.h>
-#include <c10/util/Unroll.h>
 
 #include <algorithm>
 #include <cstring>
-#include <tuple>
 #include <type_traits>
 
 namespace torch_rpa {
@@ -89,52 +87,6 @@ inline void copy_row(const Page* in, Element* out, int64_t n, int64_t padded_n) 
     load_row(in, out, n);
   }
   std::fill(out + n, out + padded_n, Element(0));
-}
-
-// ---- Keys, transposed -----------------------------------------------------------------------------------------
-
-// Transposes a square of words: rows first and last half are interleaved as often as it takes to halve them to one. All in
-// registers, which at::vec::transpose_mxn is not.
-inline void transpose_square(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
-  using Unroll = c10::ForcedUnroll<kLanes>;
-  using UnrollHalf = c10::ForcedUnroll<kLanes / 2>;
-  Vec rows[kLanes], next[kLanes];
-  Unroll{}([&](auto i) { rows[i] = Vec::loadu(in + i * in_stride); });
-  c10::ForcedUnroll<__builtin_ctz(kLanes)>{}([&](auto) {
-    UnrollHalf{}([&](auto i) {
-      std::tie(next[2 * i], next[2 * i + 1]) = at::vec::interleave2<float>(rows[i], rows[i + kLanes / 2]);
-    });
-    Unroll{}([&](auto i) { rows[i] = next[i]; });
-  });
-  Unroll{}([&](auto i) { rows[i].store(out + i * out_stride); });
-}
-
-// Copies 32-bit words: column i of out = row i of in, for kLanes rows of num_words words; strides are in words.
-inline void transpose_words(const float* in, int64_t in_stride, float* out, int64_t out_stride, int64_t num_words) {
-  int64_t word = 0;
-  for (; word + kLanes <= num_words; word += kLanes) {
-    transpose_square(in + word, in_stride, out + word * out_stride, out_stride);
-  }
-  for (; word < num_words; ++word) {
-    for (int64_t i = 0; i < kLanes; ++i) {
-      std::memcpy(out + word * out_stride + i, in + i * in_stride + word, sizeof(float));
-    }
-  }
-}
-
-// Takes the elements of words apart: row `word` of in, of n words, becomes rows of n floats, one for each element.
-template <typename Page>
-inline void expand_words(const float* in, float* __restrict out, int64_t stride, int64_t num_words, int64_t n) {
-  constexpr int64_t kElements = sizeof(float) / sizeof(Page);
-  for (int64_t word = 0; word < num_words; ++word) {
-    const auto* const words = reinterpret_cast<const uint32_t*>(in + word * stride);
-    for (int64_t element = 0; element < kElements; ++element) {
-      float* const row = out + (word * kElements + element) * stride;
-      for (int64_t i = 0; i < n; ++i) {
-        row[i] = float_of_element<Page>(words[i] >> (8 * sizeof(Page) * element));
-      }
-    }
-  }
 }
 
 // ---- Operands of the products ---------------------------------------------------------------------------------
