@@ -2,17 +2,15 @@
 //
 // For each block of keys, and each KV head of the tile:
 //
-//        keys of the head, on pages              [block keys, head_dim], any page dtype
-//    [A] transpose                               [head_dim, block keys]
+//    [A] find the keys                           [block keys, head_dim]
 //    [B] scores = q keys^T                       [matrix rows, block keys]
 //    [C] soft cap, mask, online softmax          scores become weights; sums of earlier blocks shrink
 //    [D] find the values                         [block keys, head_dim]
 //    [E] sums += weights values                  [matrix rows, head_dim]
 //
-// The products take float32, or, for as few rows as decode has, bfloat16, which they widen in registers and values of
-// which they read where they stand. Everything else is copied as float32 in [A] and [D]: many rows would widen it many
-// times. Both ways give the same bits. Meanwhile the next block is asked for: by the products if rows are few, else by
-// the copying, as products of many rows have better things to do.
+// float32 is read where it stands on the pages, everything else is copied as float32 in [A] and [D]. Few rows, as decode
+// has, are bound by memory: they also read 16-bit floats in place, and widen them in registers, which many rows would do
+// many times. And their products ask for the next head's keys and values; for many rows [A] does.
 //
 // The rows of a matrix are the tile's query rows times the query heads that share the KV head. Keys that no row of the
 // tile sees are never touched: not even multiplied by a weight of 0, which would make NaN of NaN.
@@ -21,6 +19,7 @@
 #include "matmul.h"
 #include "pages.h"
 #include "prefetch.h"
+#include "scores.h"
 #include "softmax.h"
 
 #include <algorithm>
@@ -32,6 +31,8 @@ namespace {
 
 constexpr int64_t kBlockKeys = 64;
 static_assert(kBlockKeys % kLanes == 0);
+// Up to so many rows of a matrix, memory is what is waited for.
+constexpr int64_t kMostFewRows = 16;
 
 // State of a tile's rows: those of its first head, then those of the next.
 struct State {
@@ -44,9 +45,7 @@ struct Scratch {
   float* q;       // [state rows, padded head_dim]
   float* sums;    // [state rows, padded head_dim]
   RowState* rows; // [state rows]
-  float* keys;    // [padded head_dim, kBlockKeys]
-  float* tokens;  // [kBlockKeys, padded head_dim]: keys before they are transposed, values
-  float* copies;  // [kLanes, padded head_dim]: keys that do not stand on one page
+  float* tokens;  // [kBlockKeys, padded head_dim]: copies of keys, then of values
   float* scores;  // [matrix rows, kBlockKeys]
 };
 
@@ -67,9 +66,7 @@ int64_t lay_out(const Problem& problem, float* memory, Scratch& scratch) {
   scratch.q = take(state_rows * head_dim);
   scratch.sums = take(state_rows * head_dim);
   scratch.rows = reinterpret_cast<RowState*>(take(state_rows * 2));
-  scratch.keys = take(head_dim * kBlockKeys);
   scratch.tokens = take(kBlockKeys * head_dim);
-  scratch.copies = take(kLanes * head_dim);
   scratch.scores = take(most_matrix_rows(problem) * kBlockKeys);
   return next - memory;
 }
@@ -95,14 +92,14 @@ void for_each_row(const Problem& problem, const Tile& tile, const Function& func
 
 // ---- Before the first block -----------------------------------------------------------------------------------
 
-// q as float32, times the scale of the scores.
+// q as float32, times the scale of the scores; then zeros up to whole vectors.
 void load_q(const Problem& problem, const Tile& tile, float* out) {
   const int64_t stride = padded_head_dim(problem);
   with_type(problem.dtype, [&](auto type) {
     const auto* q = static_cast<const decltype(type)*>(problem.q);
     for_each_row(problem, tile, [&](int64_t row, int64_t q_head, int64_t state_row) {
       float* const out_row = out + state_row * stride;
-      load_row(q + row * problem.q_token_stride + q_head * problem.q_head_stride, out_row, problem.head_dim);
+      copy_row(q + row * problem.q_token_stride + q_head * problem.q_head_stride, out_row, problem.head_dim, stride);
       scale_row(out_row, stride, problem.score_scale);
     });
   });
@@ -122,7 +119,7 @@ void start_state(const Problem& problem, const Tile& tile, bool with_sinks, cons
 struct Block {
   int64_t first_key;
   int64_t num_keys;
-  const char* tokens[kBlockKeys];  // where each key's token stands on the pages
+  const char* tokens[kBlockKeys];  // where each key's token stands on the pages; then the last one's again
 };
 
 // The block of keys from first_key on: up to a multiple of kBlockKeys, or to end_key.
@@ -137,76 +134,40 @@ Block locate(const Problem& problem, const Tile& tile, int64_t first_key, int64_
     const int64_t offset = page * problem.page_stride + key % problem.page_size * problem.slot_stride;
     block.tokens[i] = static_cast<const char*>(problem.kv_pages) + offset * element_bytes;
   }
+  std::fill(
+      block.tokens + block.num_keys, block.tokens + kBlockKeys,
+      block.num_keys > 0 ? block.tokens[block.num_keys - 1] : static_cast<const char*>(problem.kv_pages));
   return block;
 }
 
-// What the products of a head read of pages of this kind.
+template <typename Page>
+HeadRows keys_of(const Problem& problem, const Block& block, int64_t head) {
+  return {block.tokens, 2 * head * problem.head_dim * static_cast<int64_t>(sizeof(Page))};
+}
+
+template <typename Page>
+HeadRows values_of(const Problem& problem, const Block& block, int64_t head) {
+  return {block.tokens, (2 * head + 1) * problem.head_dim * static_cast<int64_t>(sizeof(Page))};
+}
+
+// What the products read of pages of this kind: few rows widen 16-bit floats in registers.
 template <typename Page, bool kFewRows>
-using OperandOf = std::conditional_t<kFewRows && std::is_same_v<Page, c10::BFloat16>, Page, float>;
+using OperandOf = std::conditional_t<kFewRows && sizeof(Page) == 2, Page, float>;
 
-// The next block, in as many steps as a whole one takes: see load_keys, find_values and attend_block.
-template <typename Operand, bool kFewRows>
-Prefetch prefetch_of(const Problem& problem, const Tile& tile, const Block& next) {
-  const int64_t head_bytes = 2 * problem.head_dim * c10::elementSize(problem.page_dtype);
-  const int64_t key_rows = problem.head_dim / WordRows<Operand>::kPerRow;
-  const int64_t steps = kFewRows
-      ? steps_of(key_rows, kBlockKeys) + steps_of(kBlockKeys, padded_head_dim(problem))
-      : 2 * kBlockKeys;
-  return {
-      next.tokens, next.num_keys, tile.first_head * head_bytes, tile.end_head * head_bytes,
-      steps * (tile.end_head - tile.first_head)};
-}
-
-// Whether keys i .. i + kLanes are all of the block and stand on one page, that is at even distances.
-bool on_one_page(const Problem& problem, const Block& block, int64_t i) {
-  return i + kLanes <= block.num_keys && (block.first_key + i) % problem.page_size + kLanes <= problem.page_size;
-}
-
-// [A] The keys of a head, transposed: as 32-bit words, which hold one to four elements, and are taken apart unless the
-// product does that. Columns past the last key hold anything, and so do the scores that come of them.
-template <typename Page, typename Operand, typename Step>
-WordRows<Operand> load_keys(
-    const Problem& problem, const Block& block, int64_t head, const Scratch& scratch, const Step& step) {
-  const int64_t num_words = problem.head_dim * sizeof(Page) / sizeof(float);
-  float* const words = std::is_same_v<Page, Operand> ? scratch.keys : scratch.tokens;
-  for (int64_t i = 0; i < block.num_keys; i += kLanes) {
-    const int64_t head_bytes = 2 * head * problem.head_dim * sizeof(Page);
-    const char* in = block.tokens[i] + head_bytes;
-    int64_t stride = problem.slot_stride * sizeof(Page) / sizeof(float);
-    if (!on_one_page(problem, block, i)) {
-      const int64_t last = std::min(i + kLanes, block.num_keys);
-      for (int64_t j = i; j < last; ++j) {
-        std::memcpy(scratch.copies + (j - i) * num_words, block.tokens[j] + head_bytes, num_words * sizeof(float));
-      }
-      in = reinterpret_cast<const char*>(scratch.copies);
-      stride = num_words;
-    }
-    step(kLanes);
-    transpose_words(reinterpret_cast<const float*>(in), stride, words + i, kBlockKeys, num_words);
-  }
-  if constexpr (!std::is_same_v<Page, Operand>) {
-    expand_words<Page>(words, scratch.keys, kBlockKeys, num_words, round_up(block.num_keys, kLanes));
-  }
-  return {scratch.keys, kBlockKeys};
-}
-
-// [D] The values of a head: fills `rows` with where each stands.
-template <typename Page, typename Operand, typename Step>
-Rows<Operand> find_values(
-    const Problem& problem, const Block& block, int64_t head, const Scratch& scratch, const Operand** rows,
-    const Step& step) {
+// [A, D] Keys or values in whole vectors: fills `rows` with where each stands.
+template <typename Page, typename Operand>
+void find_rows(
+    const Problem& problem, const HeadRows& in, int64_t num_rows, const Scratch& scratch, const Operand** rows) {
   const int64_t head_dim = problem.head_dim, stride = padded_head_dim(problem);
   const bool in_place = std::is_same_v<Page, Operand> && head_dim == stride;  // else a vector would end past the row
-  for (int64_t i = 0; i < block.num_keys; ++i) {
-    step(1);
-    const Page* const value = reinterpret_cast<const Page*>(block.tokens[i]) + (2 * head + 1) * head_dim;
+  for (int64_t i = 0; i < num_rows; ++i) {
+    const Page* const row = reinterpret_cast<const Page*>(in.row(i));
     Operand* const copy = reinterpret_cast<Operand*>(scratch.tokens) + i * stride;
     if (!in_place) {
-      copy_row(value, copy, head_dim);
+      copy_row(row, copy, head_dim, stride);
     }
-    rows[i] = in_place ? reinterpret_cast<const Operand*>(value) : copy;
+    rows[i] = in_place ? reinterpret_cast<const Operand*>(row) : copy;
   }
-  return {rows};
 }
 
 // [C] The scores of a head, a row for each query row and member of the group, become weights.
@@ -232,36 +193,65 @@ void weigh(
   }
 }
 
+// [A, D] Calls function(operand) with the keys or values `in`; few rows ask for those of `next` with every load.
+template <typename Page, bool kFewRows, typename Function>
+void with_operand(
+    const Problem& problem, const HeadRows& in, const HeadRows& next, int64_t num_rows, const Scratch& scratch,
+    const Function& function) {
+  using Operand = OperandOf<Page, kFewRows>;
+  const Operand* rows[kBlockKeys];
+  find_rows<Page>(problem, in, num_rows, scratch, rows);
+  if constexpr (kFewRows) {
+    function(AskingRows<Operand, Page>{rows, next});
+  } else {
+    function(Rows<Operand>{rows});
+  }
+}
+
+// [A, B] The scores of num_rows rows of q, all of one head.
+template <typename Page, bool kFewRows>
+void score(
+    const Problem& problem, const Block& block, const HeadRows& keys, const HeadRows& next_keys, const float* q,
+    int64_t num_rows, const Scratch& scratch) {
+  const int64_t head_dim = padded_head_dim(problem), padded_keys = round_up(block.num_keys, kLanes);
+  if constexpr (!kFewRows) {
+    for (int64_t i = 0; i < kBlockKeys; ++i) {
+      ask_for_row(next_keys.row(i), 2 * problem.head_dim * sizeof(Page));  // the values come after the keys
+    }
+  }
+  with_operand<Page, kFewRows>(problem, keys, next_keys, padded_keys, scratch, [&](const auto& operand) {
+    score_keys(q, head_dim, operand, num_rows, padded_keys, head_dim, scratch.scores, kBlockKeys);
+  });
+}
+
+// [D, E] Adds the values of a head, weighted for each of num_rows rows, to the sums.
+template <typename Page, bool kFewRows>
+void add_values(
+    const Problem& problem, const Block& block, const HeadRows& values, const HeadRows& next_values, float* sums,
+    int64_t sums_stride, int64_t num_rows, const Scratch& scratch) {
+  with_operand<Page, kFewRows>(problem, values, next_values, block.num_keys, scratch, [&](const auto& operand) {
+    add_product(
+        scratch.scores, kBlockKeys, operand, sums, sums_stride, num_rows, block.num_keys, padded_head_dim(problem));
+  });
+}
+
 template <typename Page, bool kFewRows>
 void attend_block(
-    const Problem& problem, const Tile& tile, const Block& block, const Scratch& scratch, const State& state,
-    Prefetch& prefetch) {
-  using Operand = OperandOf<Page, kFewRows>;
-  const int64_t head_dim = padded_head_dim(problem);
+    const Problem& problem, const Tile& tile, const Block& block, const Block& next_block, const Scratch& scratch,
+    const State& state) {
   const int64_t matrix_rows = tile.matrix_rows(problem.group());
-  const int64_t padded_keys = round_up(block.num_keys, kLanes);
-  const Operand* value_rows[kBlockKeys];
-  const auto when_copied = [&](int64_t tokens) {
-    if constexpr (!kFewRows) {
-      prefetch.advance(tokens);
-    }
-  };
-  const auto when_multiplied = [&] {
-    if constexpr (kFewRows) {
-      prefetch.advance(1);
-    }
-  };
   for (int64_t head = tile.first_head; head < tile.end_head; ++head) {
+    const bool is_last = head + 1 == tile.end_head;
+    const Block& with_next = is_last ? next_block : block;
+    const int64_t next_head = is_last ? tile.first_head : head + 1;
     const int64_t state_row = (head - tile.first_head) * matrix_rows;
-    const auto keys = load_keys<Page, Operand>(problem, block, head, scratch, when_copied);
-    multiply(
-        scratch.q + state_row * head_dim, head_dim, keys, scratch.scores, kBlockKeys, matrix_rows,
-        problem.head_dim / keys.kPerRow, padded_keys, /*add=*/false, when_multiplied);
+    score<Page, kFewRows>(
+        problem, block, keys_of<Page>(problem, block, head), keys_of<Page>(problem, with_next, next_head),
+        scratch.q + state_row * padded_head_dim(problem), matrix_rows, scratch);
     weigh(problem, tile, block, state, state_row, scratch.scores);
-    const auto values = find_values<Page>(problem, block, head, scratch, value_rows, when_copied);
-    multiply(
-        scratch.scores, kBlockKeys, values, state.sums + state_row * state.stride, state.stride, matrix_rows,
-        block.num_keys, head_dim, /*add=*/true, when_multiplied);
+    add_values<Page, kFewRows>(
+        problem, block, values_of<Page>(problem, block, head), values_of<Page>(problem, with_next, next_head),
+        state.sums + state_row * state.stride, state.stride, matrix_rows, scratch);
   }
 }
 
@@ -272,8 +262,7 @@ void attend_keys(
   Block block = locate(problem, tile, first_key, end_key);
   while (block.num_keys > 0) {
     const Block next = locate(problem, tile, block.first_key + block.num_keys, end_key);
-    Prefetch prefetch = prefetch_of<OperandOf<Page, kFewRows>, kFewRows>(problem, tile, next);
-    attend_block<Page, kFewRows>(problem, tile, block, scratch, state, prefetch);
+    attend_block<Page, kFewRows>(problem, tile, block, next, scratch, state);
     block = next;
   }
 }
@@ -323,7 +312,7 @@ void attend(const Problem& problem, const Tile& tile, int64_t item, float* parti
   const int64_t end_key = std::min(tile.end_key, first_key + tile.keys_per_item);
   with_type(problem.page_dtype, [&](auto type) {
     using Page = decltype(type);
-    const bool few_rows = tile.matrix_rows(problem.group()) <= kTileRows;  // the products take each key once
+    const bool few_rows = tile.matrix_rows(problem.group()) <= kMostFewRows;
     const auto attend = few_rows ? attend_keys<Page, true> : attend_keys<Page, false>;
     attend(problem, tile, first_key, end_key, scratch, state);
   });

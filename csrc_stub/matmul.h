@@ -1,18 +1,15 @@
-// c (+)= a b for small matrices, a and c in float32, by register tiles.
+// c += a b for small matrices in float32, by register tiles.
 //
 // A tile of c stands in registers while the inner dimension runs: for each k, a row of vectors of b is loaded once and
 // multiplied by one element of each row of a (the scheme of GotoBLAS and BLIS). Each element of c is the same sequence
 // of operations whatever the other rows and columns are, so results do not depend on how a matrix is cut. A library's
-// sgemm would not promise that, and wants b in one piece and in float32; here b is anything with
-//
-//   kPerRow                       rows of b that stand in one row of its memory
-//   load(row, element, column)    kLanes columns of row `row * kPerRow + element`, as float32
-//
-// as the operands in pages.h are: rows on pages, or rows of words of which each holds several elements.
+// sgemm would not promise that, and wants b in one piece and in float32.
 
 #pragma once
 
 #include "vectors.h"
+
+#include <type_traits>
 
 namespace torch_rpa {
 namespace CPU_CAPABILITY {
@@ -21,79 +18,87 @@ namespace CPU_CAPABILITY {
 constexpr int kTileRows = 6;
 constexpr int kTileVecs = kLanes == 16 ? 4 : 2;
 
-template <int kRows, int kVecs, typename B, typename Step>
-inline void multiply_tile(
-    const float* a, int64_t a_stride, const B& b, int64_t column, int64_t num_b_rows, float* c, int64_t c_stride,
-    bool add, const Step& step) {
+// Calls function(std::integral_constant<int, num_rows>) if num_rows is 1 .. kMostRows.
+template <int kMostRows, typename Function>
+inline void with_rows(int64_t num_rows, const Function& function) {
+  if constexpr (kMostRows > 0) {
+    if (num_rows == kMostRows) {
+      function(std::integral_constant<int, kMostRows>());
+    } else {
+      with_rows<kMostRows - 1>(num_rows, function);
+    }
+  }
+}
+
+// A tile of kRows rows and kVecs vectors of columns.
+template <int kRows, int kVecs>
+struct TileSums {
   Vec sums[kRows][kVecs];
-  for (int row = 0; row < kRows; ++row) {
-    for (int v = 0; v < kVecs; ++v) {
-      sums[row][v] = add ? Vec::loadu(c + row * c_stride + column + v * kLanes) : Vec(0.0f);
-    }
-  }
-  for (int64_t b_row = 0; b_row < num_b_rows; ++b_row) {
-    step();
-    for (int element = 0; element < B::kPerRow; ++element) {
-      Vec b_vecs[kVecs];
+
+  // sum = function(sum, row, vector)
+  template <typename Function>
+  void update(const Function& function) {
+    for (int row = 0; row < kRows; ++row) {
       for (int v = 0; v < kVecs; ++v) {
-        b_vecs[v] = b.load(b_row, element, column + v * kLanes);
-      }
-      for (int row = 0; row < kRows; ++row) {
-        const Vec factor(a[row * a_stride + b_row * B::kPerRow + element]);
-        for (int v = 0; v < kVecs; ++v) {
-          sums[row][v] = at::vec::fmadd(factor, b_vecs[v], sums[row][v]);
-        }
+        sums[row][v] = function(sums[row][v], row, v);
       }
     }
   }
-  for (int row = 0; row < kRows; ++row) {
+
+  // Adds the product of a column of a and a row of b; load(column) loads from the row.
+  template <typename Load>
+  void add_product(const float* a, int64_t a_stride, const Load& load) {
+    Vec b_vecs[kVecs];
     for (int v = 0; v < kVecs; ++v) {
-      sums[row][v].store(c + row * c_stride + column + v * kLanes);
+      b_vecs[v] = load(v * kLanes);
+    }
+    for (int row = 0; row < kRows; ++row) {
+      const Vec factor(a[row * a_stride]);
+      for (int v = 0; v < kVecs; ++v) {
+        sums[row][v] = at::vec::fmadd(factor, b_vecs[v], sums[row][v]);
+      }
     }
   }
-}
+};
 
-template <int kVecs, typename B, typename Step>
-inline void multiply_columns(
-    const float* a, int64_t a_stride, const B& b, int64_t column, int64_t num_b_rows, float* c, int64_t c_stride,
-    int64_t num_rows, bool add, const Step& step) {
-  int64_t row = 0;
-  for (; row + kTileRows <= num_rows; row += kTileRows) {
-    multiply_tile<kTileRows, kVecs>(
-        a + row * a_stride, a_stride, b, column, num_b_rows, c + row * c_stride, c_stride, add, step);
-  }
-  const auto rest = [&](auto rows) {
-    multiply_tile<decltype(rows)::value, kVecs>(
-        a + row * a_stride, a_stride, b, column, num_b_rows, c + row * c_stride, c_stride, add, step);
+// Calls function(rows, vecs, first row, first column) for tiles that cover a matrix; rows and vecs, the tile's size,
+// are std::integral_constant. num_columns is a multiple of kLanes.
+template <typename Function>
+inline void for_each_tile(int64_t num_rows, int64_t num_columns, const Function& function) {
+  const auto with_columns = [&](auto vecs, int64_t column) {
+    int64_t row = 0;
+    for (; row + kTileRows <= num_rows; row += kTileRows) {
+      function(std::integral_constant<int, kTileRows>(), vecs, row, column);
+    }
+    with_rows<kTileRows - 1>(num_rows - row, [&](auto rows) { function(rows, vecs, row, column); });
   };
-  switch (num_rows - row) {
-    case 5: return rest(std::integral_constant<int, 5>());
-    case 4: return rest(std::integral_constant<int, 4>());
-    case 3: return rest(std::integral_constant<int, 3>());
-    case 2: return rest(std::integral_constant<int, 2>());
-    case 1: return rest(std::integral_constant<int, 1>());
-  }
-}
-
-// How often multiply calls step for no more than kTileRows rows of c.
-constexpr int64_t steps_of(int64_t num_b_rows, int64_t num_columns) {
-  constexpr int64_t kTileColumns = kTileVecs * kLanes;
-  return num_b_rows * (num_columns / kTileColumns + num_columns % kTileColumns / kLanes);
-}
-
-// c[num_rows, num_columns] = a[num_rows, num_b_rows * kPerRow] b, or += if add. num_columns is a multiple of kLanes.
-// step() is called all along, as often as steps_of says: to ask for memory, say.
-template <typename B, typename Step>
-inline void multiply(
-    const float* a, int64_t a_stride, const B& b, float* c, int64_t c_stride, int64_t num_rows, int64_t num_b_rows,
-    int64_t num_columns, bool add, const Step& step) {
   int64_t column = 0;
   for (; column + kTileVecs * kLanes <= num_columns; column += kTileVecs * kLanes) {
-    multiply_columns<kTileVecs>(a, a_stride, b, column, num_b_rows, c, c_stride, num_rows, add, step);
+    with_columns(std::integral_constant<int, kTileVecs>(), column);
   }
   for (; column < num_columns; column += kLanes) {
-    multiply_columns<1>(a, a_stride, b, column, num_b_rows, c, c_stride, num_rows, add, step);
+    with_columns(std::integral_constant<int, 1>(), column);
   }
+}
+
+// c[num_rows, num_columns] += a[num_rows, num_b_rows] b, of which b.load(row, column) gives kLanes columns as float32.
+template <typename B>
+inline void add_product(
+    const float* a, int64_t a_stride, const B& b, float* c, int64_t c_stride, int64_t num_rows, int64_t num_b_rows,
+    int64_t num_columns) {
+  for_each_tile(num_rows, num_columns, [&](auto rows, auto vecs, int64_t row, int64_t column) {
+    float* const c_tile = c + row * c_stride + column;
+    TileSums<rows(), vecs()> tile;
+    tile.update([&](Vec, int64_t r, int64_t v) { return Vec::loadu(c_tile + r * c_stride + v * kLanes); });
+    for (int64_t b_row = 0; b_row < num_b_rows; ++b_row) {
+      tile.add_product(
+          a + row * a_stride + b_row, a_stride, [&](int64_t first) { return b.load(b_row, column + first); });
+    }
+    tile.update([&](Vec sum, int64_t r, int64_t v) {
+      sum.store(c_tile + r * c_stride + v * kLanes);
+      return sum;
+    });
+  });
 }
 
 }  // namespace CPU_CAPABILITY

@@ -1,9 +1,10 @@
-// Keys and values from the pages of a KV cache, as float32, and as the operands of a product (matmul.h).
+// Keys and values from the pages of a KV cache, as float32, and as operands of the products (scores.h, matmul.h).
 
 #pragma once
 
 #include "vectors.h"
 
+#include "prefetch.h"
 #include "problem.h"
 
 #include <ATen/cpu/vec/functional_bfloat16.h>
@@ -11,8 +12,8 @@
 #include <c10/util/Float8_e4m3fn.h>
 #include <c10/util/Float8_e5m2.h>
 #include <c10/util/Half.h>
-#include <c10/util/Unroll.h>
 
+#include <algorithm>
 #include <cstring>
 #include <type_traits>
 
@@ -77,100 +78,56 @@ inline void load_row(const Page* in, float* __restrict out, int64_t n) {
   }
 }
 
-// n elements as Element: as they are, or as float32.
+// n elements as Element: as they are, or as float32; then zeros up to padded_n.
 template <typename Page, typename Element>
-inline void copy_row(const Page* in, Element* out, int64_t n) {
+inline void copy_row(const Page* in, Element* out, int64_t n, int64_t padded_n) {
   if constexpr (std::is_same_v<Page, Element>) {
     std::memcpy(out, in, n * sizeof(Page));
   } else {
     load_row(in, out, n);
   }
+  std::fill(out + n, out + padded_n, Element(0));
 }
 
-// ---- Keys, transposed -----------------------------------------------------------------------------------------
+// ---- Operands of the products ---------------------------------------------------------------------------------
 
-// Transposes a square of words: rows first and last half are interleaved as often as it takes to halve them to one. All in
-// registers, which at::vec::transpose_mxn is not.
-inline void transpose_square(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
-  using Unroll = c10::ForcedUnroll<kLanes>;
-  using UnrollHalf = c10::ForcedUnroll<kLanes / 2>;
-  Vec rows[kLanes], next[kLanes];
-  Unroll{}([&](auto i) { rows[i] = Vec::loadu(in + i * in_stride); });
-  c10::ForcedUnroll<__builtin_ctz(kLanes)>{}([&](auto) {
-    UnrollHalf{}([&](auto i) {
-      std::tie(next[2 * i], next[2 * i + 1]) = at::vec::interleave2<float>(rows[i], rows[i + kLanes / 2]);
-    });
-    Unroll{}([&](auto i) { rows[i] = next[i]; });
-  });
-  Unroll{}([&](auto i) { rows[i].store(out + i * out_stride); });
-}
-
-// Copies 32-bit words: column i of out = row i of in, for kLanes rows of num_words words; strides are in words.
-inline void transpose_words(const float* in, int64_t in_stride, float* out, int64_t out_stride, int64_t num_words) {
-  int64_t word = 0;
-  for (; word + kLanes <= num_words; word += kLanes) {
-    transpose_square(in + word, in_stride, out + word * out_stride, out_stride);
-  }
-  for (; word < num_words; ++word) {
-    for (int64_t i = 0; i < kLanes; ++i) {
-      std::memcpy(out + word * out_stride + i, in + i * in_stride + word, sizeof(float));
-    }
+// kLanes elements as float32.
+template <typename Element>
+inline Vec load_vec(const Element* in) {
+  if constexpr (std::is_same_v<Element, float>) {
+    return Vec::loadu(in);
+  } else {
+    Vec vec;
+    at::vec::load_to_float<Element>(in, vec);
+    return vec;
   }
 }
 
-// Takes the elements of words apart: row `word` of in, of n words, becomes rows of n floats, one for each element.
-template <typename Page>
-inline void expand_words(const float* in, float* __restrict out, int64_t stride, int64_t num_words, int64_t n) {
-  constexpr int64_t kElements = sizeof(float) / sizeof(Page);
-  for (int64_t word = 0; word < num_words; ++word) {
-    const auto* const words = reinterpret_cast<const uint32_t*>(in + word * stride);
-    for (int64_t element = 0; element < kElements; ++element) {
-      float* const row = out + (word * kElements + element) * stride;
-      for (int64_t i = 0; i < n; ++i) {
-        row[i] = float_of_element<Page>(words[i] >> (8 * sizeof(Page) * element));
-      }
-    }
-  }
-}
+// The keys or the values of one head in a block of tokens: row i begins at tokens[i] + first_byte.
+struct HeadRows {
+  const char* const* tokens;
+  int64_t first_byte;
 
-// ---- Operands -------------------------------------------------------------------------------------------------
+  const char* row(int64_t i) const { return tokens[i] + first_byte; }
+};
 
-// Rows of elements, such as values where they stand on the pages.
+// Rows of elements, such as keys or values where they stand on the pages.
 template <typename Element>
 struct Rows {
   const Element* const* rows;
 
-  static constexpr int kPerRow = 1;
-
-  Vec load(int64_t row, int /*element*/, int64_t column) const {
-    if constexpr (std::is_same_v<Element, float>) {
-      return Vec::loadu(rows[row] + column);
-    } else {
-      Vec vec;
-      at::vec::load_to_float<Element>(rows[row] + column, vec);
-      return vec;
-    }
-  }
+  Vec load(int64_t row, int64_t column) const { return load_vec(rows[row] + column); }
 };
 
-// Rows of 32-bit words that each hold the elements of several rows, the first one lowest: transposed keys.
-template <typename Element>
-struct WordRows {
-  const float* words;
-  int64_t stride;
+// Rows that come with requests for the next head's, which stand on pages as Page.
+template <typename Element, typename Page>
+struct AskingRows {
+  const Element* const* rows;
+  HeadRows next;
 
-  static constexpr int kPerRow = sizeof(float) / sizeof(Element);
-
-  Vec load(int64_t row, int element, int64_t column) const {
-    const float* const place = words + row * stride + column;
-    if constexpr (std::is_same_v<Element, float>) {
-      return Vec::loadu(place);
-    } else {
-      static_assert(std::is_same_v<Element, c10::BFloat16>, "the upper half of a float32");
-      using Words = at::vec::Vectorized<int32_t>;
-      const Words word = Words::loadu(place);
-      return at::vec::cast<float>(element == 0 ? word << Words(16) : word & Words(static_cast<int32_t>(0xffff0000)));
-    }
+  Vec load(int64_t row, int64_t column) const {
+    ask_for(next.row(row) + column * sizeof(Page));  // some lines twice: a branch would cost more
+    return load_vec(rows[row] + column);
   }
 };
 
