@@ -23,14 +23,17 @@ def on_device(device: torch.device) -> AbstractContextManager:
 
 
 class _Linear(TorchFunctionMode):
-    """`function` in place of torch.nn.functional.linear: nothing on the model changes, and new weights are seen."""
+    """`function` in place of torch.nn.functional.linear: nothing on the model changes, and new weights are seen.
+
+    Tensors with functions of their own, such as quantised weights, keep them.
+    """
 
     def __init__(self, function: Callable) -> None:
         super().__init__()
         self._function = function
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return (self._function if func is linear else func)(*args, **(kwargs or {}))
+        return (self._function if func is linear and not types else func)(*args, **(kwargs or {}))
 
 
 def _native(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
