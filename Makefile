@@ -12,7 +12,7 @@ UV_VERSION := 0.13.9
 TEST_PROCESSES ?= $(if $(filter TPU,$(PJRT_DEVICE)),0,2)
 # Tests take from milliseconds to minutes, so a process without work takes some from the other.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist=worksteal
-# In processes of their own: XLA's CPU compiler was seen to crash in one that had compiled hundreds of programs before.
+# In processes of their own: JAX keeps what it compiled, and a process has room for some hundreds of programs.
 KERNEL_TESTS := tests/test_pallas.py tests/test_aot.py tests/without_torch
 
 # ninja and uv of the environment are found first, also by what Python starts.

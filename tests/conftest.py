@@ -11,6 +11,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if os.environ["PJRT_DEVICE"] == "CPU":
     # Compiles about 8 times faster; the tests' arrays are small.
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    # Each compiled program takes a few hundred memory maps; Linux gives a process 65530, and XLA crashes without.
+    os.environ.setdefault("XLA_COMPILATION_CACHE_SIZE", "128")
 
 import pytest
 

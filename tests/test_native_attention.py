@@ -262,9 +262,11 @@ def sanitized_tree(tmp_path_factory):
 
 
 def sanitizer_env(tree):
-    library = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    # The C++ library too: the sanitizer looks for its exceptions when it is loaded, which is before torch.
+    names = "libasan.so", "libstdc++.so.6"
+    found = [subprocess.run(["gcc", f"-print-file-name={n}"], capture_output=True, text=True).stdout for n in names]
     return {
-        "LD_PRELOAD": library,
+        "LD_PRELOAD": " ".join(path.strip() for path in found),
         "ASAN_OPTIONS": "detect_leaks=0:protect_shadow_gap=0:verify_asan_link_order=0",
         "PYTHONPATH": str(tree),
         "OMP_NUM_THREADS": "2",
