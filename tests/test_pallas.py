@@ -4,7 +4,7 @@ Batches of one shape share one compiled program, whatever their lengths: ``run``
 """
 
 from dataclasses import replace
-from functools import cache
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ def padded(batch):
     )
 
 
-@cache
+@lru_cache(maxsize=16)  # a program takes some 1300 memory maps, of which a process has 65530
 def compiled(op, options, interpret=True):
     return jax.jit(lambda args: getattr(kernels, op)(**args, **dict(options), interpret=interpret))
 
