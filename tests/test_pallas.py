@@ -47,7 +47,7 @@ def padded(batch):
     )
 
 
-@lru_cache(maxsize=16)  # a program takes some 1300 memory maps, of which a process has 65530
+@lru_cache(maxsize=8)  # a program takes some 1300 memory maps, of which a process has 65530
 def compiled(op, options, interpret=True):
     return jax.jit(lambda args: getattr(kernels, op)(**args, **dict(options), interpret=interpret))
 
