@@ -39,21 +39,6 @@ struct WeightRows {
   int count = 0;
 };
 
-// Lane i of the result is the sum of the lanes of vecs[i], for kCount = kLanes vectors. Each round adds them in pairs: half
-// as many vectors, of which each has the partial sums of twice as many elements.
-template <int kCount>
-inline Vec sum_lanes(Vec* vecs) {
-  if constexpr (kCount == 1) {
-    return vecs[0];
-  } else {
-    for (int i = 0; i < kCount / 2; ++i) {
-      const auto [low, high] = at::vec::interleave2(vecs[i], vecs[i + kCount / 2]);
-      vecs[i] = low + high;
-    }
-    return sum_lanes<kCount / 2>(vecs);
-  }
-}
-
 // The dot products of kRows rows of input and a tile's columns: lane row * kTileColumns + column. The rows of `ahead` are
 // asked for on the way; left alone, a core would read weight, then compute, then read on.
 template <int kRows>
@@ -86,7 +71,7 @@ inline Vec multiply_tile(
   if (k < depth) {
     add_products(k, [&](const float* from) { return Vec::loadu(from, depth - k); });  // and zeros
   }
-  return sum_lanes<kLanes>(sums);
+  return add_lanes<kLanes>(sums);
 }
 
 // The rows of weight that the columns from `column` on are, the last one again for those from `end` on.

@@ -10,28 +10,11 @@
 #include "matmul.h"
 
 #include <c10/macros/Macros.h>
-#include <c10/util/Unroll.h>
 
 #include <algorithm>
 
 namespace torch_rpa {
 namespace CPU_CAPABILITY {
-
-// Lane i of the result is the sum of the lanes of sums[i]: vectors with kLanes / kVecs numbers left of each sum are
-// interleaved and halved until there is one.
-template <int kVecs>
-C10_ALWAYS_INLINE Vec add_lanes(const Vec* sums) {
-  if constexpr (kVecs == 1) {
-    return sums[0];
-  } else {
-    Vec halves[kVecs / 2];
-    c10::ForcedUnroll<kVecs / 2>{}([&](auto i) {
-      const auto [low, high] = at::vec::interleave2<float>(sums[i], sums[i + kVecs / 2]);
-      halves[i] = low + high;
-    });
-    return add_lanes<kVecs / 2>(halves);
-  }
-}
 
 // The scores of kRows rows, tile by tile: as many keys as make kLanes scores, if three rows take the room of four. Not
 // inlined, so that all pointers of a tile's keys find registers.

@@ -1,9 +1,11 @@
-// Short names for ATen's float vectors, whose length is that of the vector unit a file is compiled for.
+// Float vectors of ATen, as long as those of the vector unit that a file is compiled for.
 
 #pragma once
 
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
+#include <c10/macros/Macros.h>
+#include <c10/util/Unroll.h>
 
 #include <cstdint>
 
@@ -15,6 +17,22 @@ constexpr int64_t kLanes = Vec::size();
 
 constexpr int64_t round_up(int64_t n, int64_t unit) {
   return (n + unit - 1) / unit * unit;
+}
+
+// Lane i of the result is the sum of the lanes of sums[i]: vectors with kLanes / kVecs numbers left of each sum are
+// interleaved and halved until there is one.
+template <int kVecs>
+C10_ALWAYS_INLINE Vec add_lanes(const Vec* sums) {
+  if constexpr (kVecs == 1) {
+    return sums[0];
+  } else {
+    Vec halves[kVecs / 2];
+    c10::ForcedUnroll<kVecs / 2>{}([&](auto i) {
+      const auto [low, high] = at::vec::interleave2<float>(sums[i], sums[i + kVecs / 2]);
+      halves[i] = low + high;
+    });
+    return add_lanes<kVecs / 2>(halves);
+  }
 }
 
 }  // namespace CPU_CAPABILITY
