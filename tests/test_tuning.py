@@ -32,6 +32,7 @@ def test_what_the_caller_asks_for_overrides_the_rule():
 
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("model", MODELS)
-def test_every_model_fits_into_the_vector_memory_of_every_chip(chip, model):
-    config = kernel_config(OpCase(chip, MODELS[model].heads, page_size=32, update=True))
+@pytest.mark.parametrize("page_size", [32, 128])
+def test_every_model_fits_into_the_vector_memory_of_every_chip(chip, model, page_size):
+    config = kernel_config(OpCase(chip, MODELS[model].heads, page_size=page_size, update=True))
     assert config.vmem_bytes < config.vmem_limit_bytes

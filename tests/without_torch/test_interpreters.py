@@ -16,6 +16,7 @@ from torch_rpa import kernels
 SMALL_BLOCKS = {"num_queries_per_block": 16, "num_kv_pages_per_block": 2}
 CASES = {
     "small_blocks": ({}, SMALL_BLOCKS),
+    "least_blocks": ({}, {"vmem_limit_bytes": 1}),  # what ``tuning.fit`` comes down to where VMEM is short
     "window": ({}, {"sliding_window": 20, "num_kv_pages_per_block": 1}),
     "not_causal": ({}, {"causal": False, "num_kv_pages_per_block": 2}),
     "bfloat16": ({"dtype": "bfloat16", "heads": (7, 1, 128), "page_size": 32}, {}),

@@ -30,7 +30,7 @@ _ROW_BATCHES = 4
 # Of VMEM for what is declared; the rest is the compiler's own, for values that do not fit into registers.
 _VMEM_SHARE = 0.65
 # The least of each that is of use.
-_LEAST = {"row_batches": 2, "step_rows": 64, "block_rows": 32, "num_slots": 6, "block_pages": 1, "group_items": 2}
+_LEAST = {"row_batches": 2, "step_rows": 32, "block_rows": 16, "num_slots": 4, "block_pages": 1, "group_items": 2}
 
 
 class Blocks(NamedTuple):
