@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 import torch
 from batches import assert_matches_oracle, bytes_of, forget_new_tokens, make_batch
+from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from test_attention import BATCHES
 from test_kernels import arrays, to_jax, to_torch
 
 from torch_rpa import kernels
-from torch_rpa.kernels import schedule, softmax
+from torch_rpa.kernels import schedule, softmax, worklist
 from torch_rpa.kernels.config import make_config
+from torch_rpa.kernels.refs import Refs
 from torch_rpa.kernels.widen import comes_as_words, widen, widen_scale, widen_words
 from torch_rpa.options import AttentionOptions
 
@@ -235,11 +238,11 @@ def test_rows_do_not_depend_on_the_batch(options):
 # ---- Parts on plain arrays --------------------------------------------------------------------------------------
 
 
-def small_config(**options):
+def small_config(max_num_seqs=3, with_update=False, **options):
     q, pages = jax.ShapeDtypeStruct((64, 4, 64), jnp.float32), jax.ShapeDtypeStruct((9, 8, 256), jnp.float32)
     options = AttentionOptions(num_kv_pages_per_block=2, num_queries_per_block=16, **options)
-    table = jax.ShapeDtypeStruct((3, 10), jnp.int32)
-    return make_config(q, pages, table, options, with_lse=True, with_sinks=False, with_update=False)
+    table = jax.ShapeDtypeStruct((max_num_seqs, 10), jnp.int32)
+    return make_config(q, pages, table, options, with_lse=True, with_sinks=False, with_update=with_update)
 
 
 def items(config, first_row, end_row, kv_len):
@@ -251,12 +254,88 @@ def items(config, first_row, end_row, kv_len):
             yield row_block, int(item.first_key), int(item.num_units) * config.unit_tokens
 
 
+class NoFetch:
+    """In place of ``PageFetch``: the list of work does not depend on what is fetched."""
+
+    def start(self, *_):
+        pass
+
+
+def walk_through(config):
+    """A function of kv_lens, cu_q_lens and num_seqs: (row block, sequence, first key) of each item, then -1."""
+
+    def walk(kv_lens, cu_q_lens, num_seqs, taken, count, *scratch):
+        names = "cursor", "items", "tile_writes", "row_writes"
+        refs = Refs(**dict.fromkeys(Refs._fields))._replace(**dict(zip(names, scratch, strict=True)))
+        refs = refs._replace(kv_lens=kv_lens, cu_q_lens=cu_q_lens, num_seqs=num_seqs)
+        taken[...], count[0] = jnp.full(taken.shape, -1), 0
+        worklist.start_batch(config, refs)
+
+        def take(slot):
+            item = worklist.item_at(refs, slot)
+            for i, value in enumerate((item.row_block, item.seq, item.first_key)):
+                taken[count[0], i] = value
+            count[0] += 1
+            goes_on = item.is_last & (item.row + item.num_rows == config.block_rows)
+            pl.when(goes_on)(lambda: worklist.go_on(config, refs, NoFetch(), item.row_block))
+            worklist.fetch_next(config, refs, NoFetch(), freed=1)
+            return 1
+
+        def walk_block(row_block, _):
+            worklist.fetch_next(config, refs, NoFetch())
+            worklist.for_each_item(config, refs, row_block, take)
+
+        lax.fori_loop(0, config.num_row_blocks, walk_block, None)
+
+    sizes = 1, worklist.CURSOR_SIZE, config.num_slots * len(schedule.Item._fields), 1, config.row_batches
+    scratch = [pltpu.SMEM((size,), jnp.int32) for size in sizes]
+    shape = jax.ShapeDtypeStruct((200, 3), jnp.int32)
+    return jax.jit(pl.pallas_call(walk, out_shape=shape, scratch_shapes=scratch, interpret=True))
+
+
+def expected_walk(config, q_lens, kv_lens):
+    ends = np.cumsum(q_lens)
+    for row_block in range(config.num_row_blocks):
+        for is_decode in (False, True):
+            for seq, (q_len, end_row) in enumerate(zip(q_lens, ends, strict=True)):
+                if q_len and (q_len == 1) == is_decode:
+                    found = items(config, end_row - q_len, end_row, kv_lens[seq])
+                    yield from ((row_block, seq, first_key) for block, first_key, _ in found if block == row_block)
+
+
+@pytest.mark.parametrize("with_update", [False, True])
+def test_the_list_of_work_has_every_tile_once_and_those_of_prefill_first(with_update):
+    config, rng = small_config(max_num_seqs=9, with_update=with_update), np.random.default_rng(0)
+    walk = walk_through(config)
+    for lengths in ([1] * 9, [0, 0, 1, 40, 0, 1], [16, 16, 1, 31], [1, 2, 0, 0], [], [0] * 9, [64], [1] * 8 + [56]):
+        check_walk(walk, config, lengths, rng)
+    for _ in range(50):
+        lengths = rng.choice([0, 1, 1, 2, 5, 16, 17], size=rng.integers(1, 10))
+        check_walk(walk, config, lengths[np.cumsum(lengths) <= config.num_tokens], rng)
+
+
+def check_walk(walk, config, q_lens, rng):
+    kv_lens = np.asarray([q_len + rng.integers(0, 30) for q_len in q_lens], np.int32)
+    missing = config.max_num_seqs - len(q_lens)
+    cu_q_lens = np.pad(np.cumsum([0, *q_lens]), (0, missing), constant_values=10**9).astype(np.int32)
+    taken = walk(np.pad(kv_lens, (0, missing)), cu_q_lens, np.array([len(q_lens)], np.int32))
+    assert [tuple(item) for item in taken.tolist() if item[0] >= 0] == list(expected_walk(config, q_lens, kv_lens))
+
+
 @pytest.mark.parametrize(
     ("page_size", "block_pages", "expected"),
     [(16, 32, (8, 16, 32)), (128, 4, (1, 2, 4)), (128, 1, (1,)), (32, 6, (6,)), (16, 24, (12, 24)), (256, 2, (1, 2))],
 )
 def test_decode_computes_halves_of_a_block_down_to_a_register_of_scores(page_size, block_pages, expected):
     assert replace(small_config(), page_size=page_size, block_pages=block_pages).decode_pages == expected
+
+
+@pytest.mark.parametrize(
+    ("page_size", "block_pages", "expected"),
+    [(128, 2, (1, 2, 4)), (128, 8, (1, 2, 4, 8)), (32, 3, (3, 6, 15)), (256, 3, (1, 3)), (16, 24, (12, 24))],
+)
+def test_prefill_computes_whole_blocks_or_a_part_of_one(page_size, block_pages, expected):
+    assert replace(small_config(), page_size=page_size, block_pages=block_pages).edge_pages == expected
 
 
 def test_the_schedule_fetches_what_the_rows_of_a_block_can_see_and_no_more():

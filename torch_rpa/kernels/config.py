@@ -107,8 +107,16 @@ class KernelConfig:
     @property
     def decode_pages(self) -> tuple[int, ...]:
         """How many of a block's first pages a decode group computes, as few as its members need; the last is all."""
-        halves = (self.block_pages >> n for n in range(self.block_pages.bit_length()))
-        return tuple(n for n in halves if n == self.block_pages or n * self.page_size >= LANES)[::-1]
+        return _halves(self.block_pages, least=-(-LANES // self.page_size))
+
+    @property
+    def edge_pages(self) -> tuple[int, ...]:
+        """How many of a span's first pages a prefill step computes where they are all that it sees; the last is all.
+
+        These are whole blocks, or pages of the first one.
+        """
+        blocks = (n for n in _halves(self.span_blocks, least=2) if n > 1)
+        return *self.decode_pages, *(n * self.block_pages for n in blocks)
 
     @property
     def unit_tokens(self) -> int:
@@ -281,6 +289,10 @@ class KernelConfig:
         scratch = sum(_padded_bytes(shape, "float32") for shape in self.float32_scratch)
         scores = 2 * self.step_rows * self.span_blocks * self.block_keys  # of one head, and of the next
         scratch += scores * (4 + jnp.dtype(self.compute_dtype).itemsize)
+        if jnp.dtype(self.kv_dtype) != self.compute_dtype:  # keys and values that are widened together
+            decode = self.group_items * self.block_keys * self.set_heads
+            prefill = self.span_blocks * self.block_keys * self.prefill_heads(is_edge=False, is_first=False)
+            scratch += _padded_bytes((max(decode, prefill), 2 * self.head_dim), self.compute_dtype)
         if self.with_update:
             staged += 4 * _padded_bytes((self.block_rows, self.num_kv_heads * self.head_dim), self.q_dtype)
             scratch += 2 * _padded_bytes(self.new_rows_shape, "float32")
@@ -296,6 +308,12 @@ class KernelConfig:
     @property
     def vmem_limit_bytes(self) -> int:
         return self.options.vmem_limit_bytes or self.chip.vmem_limit_bytes
+
+
+def _halves(count, least) -> tuple[int, ...]:
+    """``count``, and half of it again and again down to ``least``; the fewest first."""
+    halves = (count >> n for n in range(count.bit_length()))
+    return tuple(n for n in halves if n == count or n >= least)[::-1]
 
 
 def fill_lanes(x):

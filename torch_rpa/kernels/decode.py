@@ -27,7 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from torch_rpa import mask
-from torch_rpa.kernels import softmax, worklist, write
+from torch_rpa.kernels import schedule, softmax, worklist, write
 from torch_rpa.kernels.config import KernelConfig, fill_lanes
 from torch_rpa.kernels.load import load_kv
 from torch_rpa.kernels.refs import Refs
@@ -58,11 +58,12 @@ def attend_group(config: KernelConfig, refs: Refs, fetch, row_block, slot):
         write.put_rows(config, refs, members)
     all_inside, keys = _needs(config, members)
     pl.when(all_inside)(lambda: _attend_members(config, refs, members, config.block_pages, is_edge=False))
-    fewer = -1
-    for num_pages in config.decode_pages:  # half a block is half the work
-        is_fewest = ~all_inside & (keys > fewer) & (keys <= num_pages * config.page_size)
-        pl.when(is_fewest)(lambda n=num_pages: _attend_members(config, refs, members, n, is_edge=True))
-        fewer = num_pages * config.page_size
+
+    @pl.when(~all_inside)
+    def _():
+        for num_pages, is_fewest in schedule.fewest_pages(config, config.decode_pages, keys):
+            pl.when(is_fewest)(lambda n=num_pages: _attend_members(config, refs, members, n, is_edge=True))
+
     return sum(member.is_item.astype(jnp.int32) for member in members)
 
 

@@ -172,7 +172,9 @@ def _kernel(config: KernelConfig, refs: Refs):
         def _():
             worklist.start_batch(config, refs)
 
-    pl.when(step >= first)(lambda: _attend_block(config, refs, fetch, step - first))
+        pl.when(step >= first)(lambda: _attend_block(config, refs, fetch, step - first))
+    else:
+        _attend_block(config, refs, fetch, step)
     if config.with_update:
         pl.when(step == first + config.num_row_blocks - 1)(lambda: write.wait_for_rows(config, refs))
 

@@ -48,7 +48,7 @@ def attend_item(config: KernelConfig, refs: Refs, fetch, item: Item, slot):
         """What was put into the slots is in the pages beside the first heads of the first rows that see the span."""
         if config.puts_tokens:
             is_first = (head_set == 0) & ((step == 0) | ~_sees_some(config, item, span, step - 1))
-            pl.when(is_first)(lambda: write.finish_tile(config, refs, fetch, item, span.end == item.end))
+            write.finish_tile(config, refs, fetch, item, span.end == item.end, is_first)
 
     lax.fori_loop(0, schedule.blocks_of(item.num_rows * config.group, config.step_rows), attend_step, None)
     return count
@@ -92,21 +92,21 @@ def _attend_step(config: KernelConfig, refs: Refs, item: Item, span: Span, step,
     sees_all = mask.all_visible(rows.first_p, rows.last_p, first_key, last_key, **config.options.mask)
     sees_all &= (first_key >= span.start) & (last_key < span.end)
     is_plain = sees_all & ~item.is_first
-    is_edge = _sees_some(config, item, span, step) & ~is_plain
-    _, end = mask.key_range(rows.first_p, rows.last_p, item.end, **config.options.mask)
-    is_short = jnp.minimum(end, span.end) <= first_key + config.block_keys
 
-    def attend(applies, num_blocks, is_edge, is_first):
-        keys = span._replace(slots=span.slots[:num_blocks])
-        product = Product(config, refs, item, rows, keys, is_edge, is_first)
-        pl.when(applies)(lambda: product.attend(lambda head_set: finish(step, head_set)))
+    def attend(num_pages, is_edge, is_first):
+        product = Product(config, refs, item, rows, span, num_pages, is_edge, is_first)
+        product.attend(lambda head_set: finish(step, head_set))
 
-    attend(is_plain, config.span_blocks, is_edge=False, is_first=False)
-    lengths = {1: is_short, config.span_blocks: ~is_short} if config.span_blocks > 1 else {1: True}
-    for num_blocks, is_of_length in lengths.items():
-        for is_first in (True, False):
-            applies = is_edge & is_of_length & (item.is_first == is_first)
-            attend(applies, num_blocks, is_edge=True, is_first=is_first)
+    pl.when(is_plain)(lambda: attend(config.edge_pages[-1], is_edge=False, is_first=False))
+
+    @pl.when(_sees_some(config, item, span, step) & ~is_plain)
+    def _():
+        _, end = mask.key_range(rows.first_p, rows.last_p, item.end, **config.options.mask)
+        num_keys = jnp.maximum(jnp.minimum(end, span.end) - first_key, 0)
+        for num_pages, is_fewest in schedule.fewest_pages(config, config.edge_pages, num_keys):
+            for is_first in (True, False):
+                applies = is_fewest & (item.is_first == is_first)
+                pl.when(applies)(lambda n=num_pages, first=is_first: attend(n, is_edge=True, is_first=first))
 
 
 def _last_key(config: KernelConfig, span: Span):
@@ -114,7 +114,7 @@ def _last_key(config: KernelConfig, span: Span):
 
 
 class Product(NamedTuple):
-    """Some rows of every KV head, and the keys of some slots.
+    """Some rows of every KV head, and the keys of a span's first pages.
 
     Attributes:
         is_edge: some row may not see some key.
@@ -126,6 +126,7 @@ class Product(NamedTuple):
     item: Item
     rows: Rows
     span: Span
+    num_pages: int
     is_edge: bool
     is_first: bool
 
@@ -157,8 +158,9 @@ class Product(NamedTuple):
 
     def _load(self, head_set, heads):
         """k and v [keys, head_dim] of every head of a set of so many."""
-        head_dim, num_pages = self.config.head_dim, self.config.block_pages
-        blocks = [load_kv(self.config, self.refs, slot, head_set, heads, num_pages) for slot in self.span.slots]
+        head_dim, block_pages = self.config.head_dim, min(self.num_pages, self.config.block_pages)
+        slots = self.span.slots[: self.num_pages // block_pages]
+        blocks = [load_kv(self.config, self.refs, slot, head_set, heads, block_pages) for slot in slots]
         kv = jnp.concatenate(blocks, axis=0)
         pieces = [kv[:, i * head_dim : (i + 1) * head_dim] for i in range(2 * heads)]
         return list(zip(pieces[0::2], pieces[1::2], strict=True))

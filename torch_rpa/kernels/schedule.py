@@ -1,11 +1,13 @@
 """Which rows and which keys the kernel works on, and in which order: plain functions of integers.
 
-The work of a batch is one list, in the order of the rows:
+The work of a batch is one list:
 
     for each row block
-        for each sequence with rows in it              a tile
+        for each sequence with rows in it              a tile; first those of prefill, then decode rows
             for each key block that the tile can see   an item of work
 
+Prefill waits for the matrix units and decode for HBM: the pages of the decode rows come in while prefill tiles compute.
+Decode rows come last also because a prefill tile's last step may reach into the rows behind it (``prefill.py``).
 Every item's pages can be fetched long before its turn, because the next item follows from the metadata alone. The
 arguments may be Python integers or the scalars of a kernel.
 """
@@ -138,6 +140,15 @@ def needed_pages(config: KernelConfig, tile: Tile, block) -> Pages:
     end_full = jnp.maximum(whole_blocks(units, config.units_per_page), first)
     tail_units = jnp.maximum(units - end_full * config.units_per_page, 0)
     return Pages(first, end_full, tail_units)
+
+
+def fewest_pages(config: KernelConfig, choices, num_keys):
+    """(num_pages, whether it is the fewest that hold ``num_keys``) for every one of ascending ``choices``."""
+    fewer = -1
+    for num_pages in choices:
+        keys = num_pages * config.page_size
+        yield num_pages, (num_keys > fewer) & (num_keys <= keys)
+        fewer = keys
 
 
 def whole_blocks(count, size: int):

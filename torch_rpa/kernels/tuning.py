@@ -24,13 +24,15 @@ _BLOCK_KEYS = 256, 512, 1024
 # What decode needs for each block beside its keys: the scalar core to work out and start a fetch and to find the block
 # again, the vector units to begin. 400 to 600 cycles.
 _BLOCK_SECONDS = 0.33e-6
-_NUM_SLOTS = 8
+# Slots of the ring: those that the other sizes leave room for, so that the pages of decode rows come in while a prefill
+# tile computes.
+_NUM_SLOTS, _MOST_SLOTS = 8, 24
 _GROUP_ITEMS = 4
-_ROW_BATCHES = 4
-# Of VMEM for what is declared; the rest is the compiler's own, for values that do not fit into registers.
-_VMEM_SHARE = 0.65
+_ROW_BATCHES = 16
+# VMEM that is the compiler's own, for values that do not fit into registers.
+_SPILLED_BYTES = 5 * 2**20
 # The least of each that is of use.
-_LEAST = {"row_batches": 2, "step_rows": 32, "block_rows": 16, "num_slots": 4, "block_pages": 1, "group_items": 2}
+_LEAST = {"row_batches": 2, "num_slots": 4, "step_rows": 32, "block_rows": 16, "block_pages": 1, "group_items": 2}
 
 
 class Blocks(NamedTuple):
@@ -66,15 +68,24 @@ def choose(
 
 
 def fit(config):
-    """The ``KernelConfig`` with its blocks halved, those first that cost least, until it fits into VMEM."""
+    """The ``KernelConfig`` with its blocks halved, those first that cost least, until it fits into VMEM.
+
+    What is left of VMEM gets more slots.
+    """
     given = {"block_rows": config.options.num_queries_per_block, "block_pages": config.options.num_kv_pages_per_block}
-    while config.vmem_bytes > config.vmem_limit_bytes * _VMEM_SHARE:
+    while not _fits(config):
         too_big = [name for name, least in _LEAST.items() if not given.get(name) and getattr(config, name) > least]
         if not too_big:
             break
         name = max(too_big, key=lambda name: getattr(config, name) / _LEAST[name])
         config = replace(config, **{name: max(_LEAST[name], getattr(config, name) // 2)})
+    while config.num_slots < _MOST_SLOTS and _fits(more := replace(config, num_slots=config.num_slots + 1)):
+        config = more
     return config
+
+
+def _fits(config) -> bool:
+    return config.vmem_bytes <= config.vmem_limit_bytes - _SPILLED_BYTES
 
 
 def _block_keys(chip: Chip, token_bytes: int) -> int:

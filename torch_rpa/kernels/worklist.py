@@ -4,6 +4,9 @@
 from the other end, across tiles, sequences and row blocks, and fetches as many as it took.
 """
 
+import functools
+import itertools
+
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -13,11 +16,17 @@ from torch_rpa.kernels.config import KernelConfig
 from torch_rpa.kernels.refs import Refs
 from torch_rpa.kernels.schedule import Item
 
-# Places in the cursor: what to fetch next, the first sequence that must not be fetched, where to fetch to, how many
-# slots are free, the slot of the item to compute next; for the update, whether items are key blocks with new tokens
-# only, and where the next new tokens of decode rows go.
-_SEQ, _ROW_BLOCK, _BLOCK, _END_SEQ, _FETCH_SLOT, _FREE_SLOTS, _WORK_SLOT, _ONLY_NEW, ROW_BATCH = range(9)
-CURSOR_SIZE = 9
+# Places in the cursor: the tile to fetch next, or where to search for it, and its next key block; the first sequence of
+# its row block; whether decode rows are wanted; how many row blocks must have their new tokens in the pages before, and
+# how many have; where to fetch to; how many slots are free; the slot of the item to compute next; for the update,
+# whether items are key blocks with new tokens only, and where the next new tokens of decode rows go.
+_SEQ, _ROW_BLOCK, _BLOCK, _FIRST_SEQ, _DECODES, _NEEDED, _WRITTEN, _FETCH_SLOT, _FREE_SLOTS, _WORK_SLOT = range(10)
+_ONLY_NEW, ROW_BATCH = 10, 11
+CURSOR_SIZE = 12
+# In place of how many row blocks are needed: the next tile has to be searched for, there is none.
+_UNKNOWN, _NEVER = 2**30, 2**30 + 1
+# Sequences that a search for prefill tiles skips at a time.
+_UNROLL = 4
 
 
 def start_batch(config: KernelConfig, refs: Refs, only_new=False):
@@ -25,7 +34,7 @@ def start_batch(config: KernelConfig, refs: Refs, only_new=False):
     for place in range(CURSOR_SIZE):
         refs.cursor[place] = 0
     refs.cursor[_FREE_SLOTS], refs.cursor[_ONLY_NEW] = config.num_slots, int(only_new)
-    go_on(config, refs)
+    refs.cursor[_NEEDED] = _UNKNOWN
 
     for i in range(config.num_slots * len(Item._fields)):
         refs.items[i] = config.num_row_blocks  # no item of any row block
@@ -33,8 +42,7 @@ def start_batch(config: KernelConfig, refs: Refs, only_new=False):
         refs.tile_writes[0] = 0
         for batch in range(config.row_batches):
             refs.row_writes[batch] = 0
-    seq, row_block = _first_tile_from(config, refs, jnp.int32(0), jnp.int32(0))
-    refs.cursor[_SEQ], refs.cursor[_ROW_BLOCK] = seq, row_block
+    _find_tile(config, refs)
 
 
 def fetch_next(config: KernelConfig, refs: Refs, fetch, freed=0):
@@ -42,7 +50,7 @@ def fetch_next(config: KernelConfig, refs: Refs, fetch, freed=0):
     cursor = refs.cursor
 
     def may_fetch(free):
-        return (free > 0) & (cursor[_SEQ] < cursor[_END_SEQ])
+        return (free > 0) & (cursor[_NEEDED] <= cursor[_WRITTEN])
 
     def fetch_one(carry):
         free = carry[0] - 1
@@ -73,9 +81,10 @@ def for_each_item(config: KernelConfig, refs: Refs, row_block, work):
     refs.cursor[_WORK_SLOT], _ = lax.while_loop(lambda carry: carry[1], work_on, (slot, is_here(slot)))
 
 
-def go_on(config: KernelConfig, refs: Refs):
-    """Any sequence may be fetched: what was fetched so far has its new tokens in the pages."""
-    refs.cursor[_END_SEQ] = active_seqs(config, refs)
+def go_on(config: KernelConfig, refs: Refs, fetch, row_block):
+    """Fetch also what needs the new tokens of this row block: they are in the pages."""
+    refs.cursor[_WRITTEN] = row_block + 1
+    fetch_next(config, refs, fetch)
 
 
 def item_at(refs: Refs, slot) -> Item:
@@ -104,44 +113,103 @@ def _fetch_one(config: KernelConfig, refs: Refs, fetch):
         refs.items[slot * len(item) + i] = jnp.asarray(value, jnp.int32)
     cursor[_FETCH_SLOT] = slot_after(config, slot)
     cursor[_BLOCK] = jnp.where(item.is_last, 0, block + 1)
+    pl.when(item.is_last)(lambda: _leave_tile(config, refs, tile, seq, row_block))
 
-    @pl.when(item.is_last)
+
+def _leave_tile(config: KernelConfig, refs: Refs, tile: schedule.Tile, seq, row_block):
+    """Go to the next tile: it nearly always is the next decode row, or the sequence's next row block."""
+    cursor = refs.cursor
+    is_decode_next = tile.is_decode & (tile.row + 1 < config.block_rows) & _has_tile(config, refs, seq + 1, decodes=1)
+    is_own_next = tile.past_block & (tile.row == 0)
+    cursor[_SEQ] = jnp.where(is_own_next, seq, seq + 1)
+    cursor[_NEEDED] = jnp.where(is_decode_next, 0, _UNKNOWN)
+
+    @pl.when(is_own_next)
     def _():
-        cursor[_SEQ], cursor[_ROW_BLOCK] = _next_tile(config, refs, seq, row_block, tile)
-        if config.with_update:  # the sequence's next tile needs what this one writes
-            writes = tile.past_block & (cursor[_ONLY_NEW] == 1 if config.writes_first else True)
-            cursor[_END_SEQ] = jnp.where(writes, 0, cursor[_END_SEQ])
+        cursor[_ROW_BLOCK], cursor[_FIRST_SEQ] = row_block + 1, seq
+        cursor[_NEEDED] = _needed_blocks(config, refs, seq, row_block + 1)
+
+    _find_tile(config, refs)
 
 
 def _tile_of(config: KernelConfig, refs: Refs, seq, row_block) -> schedule.Tile:
     kv_len = jnp.clip(refs.kv_lens[seq], 0, config.pages_per_seq * config.page_size)
     only_new = {"only_new": refs.cursor[_ONLY_NEW] == 1} if config.writes_first else {}
-    return schedule.make_tile(config, row_block, *_rows_of(config, refs, seq), kv_len, **only_new)
+    rows = (jnp.clip(row, 0, config.num_tokens) for row in _rows_of(config, refs, seq))
+    return schedule.make_tile(config, row_block, *rows, kv_len, **only_new)
 
 
-def _next_tile(config: KernelConfig, refs: Refs, seq, row_block, tile):
-    """Sequence and row block of the tile after this one: the sequence's next rows, or the next sequence's first."""
-    next_seq, its_row_block = _first_tile_from(config, refs, seq + 1, row_block)
-    return jnp.where(tile.past_block, seq, next_seq), jnp.where(tile.past_block, row_block + 1, its_row_block)
+def _needed_blocks(config: KernelConfig, refs: Refs, seq, row_block):
+    """How many row blocks must have their new tokens in the pages: a sequence's later tiles read those before."""
+    if not config.with_update:
+        return 0
+    needs = refs.cu_q_lens[seq] < row_block * config.block_rows
+    needs &= refs.cursor[_ONLY_NEW] == 1 if config.writes_first else True
+    return jnp.where(needs, row_block, 0)
 
 
-def _first_tile_from(config: KernelConfig, refs: Refs, seq, row_block):
-    """The first sequence from ``seq`` on that has rows, and the row block where they begin."""
+def _find_tile(config: KernelConfig, refs: Refs):
+    """Search for the next tile while it is not known."""
+
+    def search(_):
+        _search(config, refs)
+        return refs.cursor[_NEEDED] == _UNKNOWN
+
+    lax.while_loop(lambda is_unknown: is_unknown, search, refs.cursor[_NEEDED] == _UNKNOWN)
+
+
+def _search(config: KernelConfig, refs: Refs):
+    """Look for the next tile in the rest of its kind in the row block; if there is none, go on to what comes next."""
+    cursor, row_block, decodes = refs.cursor, refs.cursor[_ROW_BLOCK], refs.cursor[_DECODES]
+    end = (row_block + 1) * config.block_rows
+    seq, found = _next_of_kind(config, refs, cursor[_SEQ], end, decodes)
+    passes = ~found & (decodes == 1)
+    goes_on = _rows_of(config, refs, seq)[0] > end  # the sequence before, in the next row block
+    first_seq = jnp.where(passes, jnp.maximum(jnp.where(goes_on, seq - 1, seq), 0), cursor[_FIRST_SEQ])
+    row_block = jnp.where(passes, row_block + 1, row_block)
+    cursor[_SEQ], cursor[_FIRST_SEQ], cursor[_ROW_BLOCK] = jnp.where(found, seq, first_seq), first_seq, row_block
+    cursor[_DECODES] = jnp.where(found, decodes, 1 - decodes)
+    needed = jnp.where(found, _needed_blocks(config, refs, seq, row_block), _UNKNOWN)
+    num_rows = jnp.clip(refs.cu_q_lens[active_seqs(config, refs)], 0, config.num_tokens)
+    cursor[_NEEDED] = jnp.where(row_block * config.block_rows < num_rows, needed, _NEVER)
+
+
+def _next_of_kind(config: KernelConfig, refs: Refs, seq, end, decodes):
+    """The first sequence from ``seq`` on that is a decode row, or not one, or begins at row ``end`` or later.
+
+    Returns:
+        it, and whether it begins before.
+    """
     num_seqs = active_seqs(config, refs)
 
-    def has_rows(seq):
-        first_row, end_row = _rows_of(config, refs, jnp.minimum(seq, config.max_num_seqs - 1))
-        return (seq >= num_seqs) | (end_row > first_row)
+    def is_here(seq):
+        return (seq < num_seqs) & (_rows_of(config, refs, seq)[0] < end)
 
-    def skip(carry):
-        seq, _ = carry
-        return seq + 1, has_rows(seq + 1)
+    def is_other(seq):
+        return is_here(seq) & ~_has_tile(config, refs, seq, decodes)
 
-    seq, _ = lax.while_loop(lambda carry: ~carry[1], skip, (seq, has_rows(seq)))
-    first_row, _ = _rows_of(config, refs, jnp.minimum(seq, config.max_num_seqs - 1))
-    # Never back, whatever cu_q_lens holds: the rows of a block must end before the next block begins.
-    return seq, jnp.maximum(row_block, schedule.whole_blocks(first_row, config.block_rows))
+    def are_short(seq):
+        """Whether it and those after it are here and have one row at most: nothing for prefill."""
+        rows = [refs.cu_q_lens[jnp.minimum(seq + i, config.max_num_seqs)] for i in range(_UNROLL + 1)]
+        most = functools.reduce(jnp.maximum, (b - a for a, b in itertools.pairwise(rows)))
+        return (decodes == 0) & (seq + _UNROLL <= num_seqs) & (most <= 1) & (rows[-1] <= end)
+
+    seq = _skip_while(is_other, _skip_while(are_short, seq, _UNROLL), 1)
+    return seq, is_here(seq)
+
+
+def _skip_while(skips, seq, count):
+    """The first of ``seq``, ``seq + count``, ... for which ``skips`` is false."""
+    seq, _ = lax.while_loop(lambda c: c[1], lambda c: (c[0] + count, skips(c[0] + count)), (seq, skips(seq)))
+    return seq
+
+
+def _has_tile(config: KernelConfig, refs: Refs, seq, decodes):
+    """Whether a sequence is a decode row, or with ``decodes`` 0 whether it has rows for prefill."""
+    first_row, end_row = _rows_of(config, refs, seq)
+    num_rows = end_row - first_row
+    return jnp.where(decodes == 1, num_rows == 1, num_rows > 1) & (seq < active_seqs(config, refs))
 
 
 def _rows_of(config: KernelConfig, refs: Refs, seq):
-    return tuple(jnp.clip(refs.cu_q_lens[s], 0, config.num_tokens) for s in (seq, seq + 1))
+    return tuple(refs.cu_q_lens[jnp.minimum(s, config.max_num_seqs)] for s in (seq, seq + 1))

@@ -81,14 +81,11 @@ def put_tile(config: KernelConfig, refs: Refs, item: schedule.Item, slot):
     lax.fori_loop(schedule.whole_blocks(first, unit), schedule.blocks_of(end, unit), put_unit, None)
 
 
-def finish_tile(config: KernelConfig, refs: Refs, fetch, item: schedule.Item, is_last):
-    """Wait for what ``put_tile`` began; after a row block's last item, later tiles of its sequence may be fetched."""
-    pl.when(refs.tile_writes[0] > 0)(_tile_writes(config, refs).wait)
-
-    @pl.when(is_last & (item.row + item.num_rows == config.block_rows))
-    def _():
-        worklist.go_on(config, refs)
-        worklist.fetch_next(config, refs, fetch)
+def finish_tile(config: KernelConfig, refs: Refs, fetch, item: schedule.Item, is_last, applies=True):
+    """Wait for what ``put_tile`` began; after the last item of a tile at the row block's end, fetch what needs it."""
+    pl.when(applies & (refs.tile_writes[0] > 0))(_tile_writes(config, refs).wait)
+    goes_on = is_last & (item.row + item.num_rows == config.block_rows)
+    pl.when(applies & goes_on)(lambda: worklist.go_on(config, refs, fetch, item.row_block))
 
 
 def put_rows(config: KernelConfig, refs: Refs, members):
