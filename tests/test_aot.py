@@ -17,6 +17,7 @@ SPECIAL = {
     "heads-form-update": OpCase("v6e", MODEL_HEADS["llama-3-8b"], page_size=32, form="heads", update=True),
     "heads-form-one-kv-head": OpCase("v5e", MODEL_HEADS["llama-3-70b-on-8-chips"], form="heads", update=True),
     "heads-form-fp8": OpCase("v5e", MODEL_HEADS["llama-3-8b"], form="heads", kv_dtype="float8_e4m3fn"),
+    "not-causal-update": OpCase("v6e", MODEL_HEADS["llama-3-8b"], update=True, options={"causal": False}),
     "qwen2.5-14b-update": OpCase("v5e", MODEL_HEADS["qwen2.5-14b"], page_size=256, update=True),
 }
 CASES = {"-".join(map(str, point.values())): case_of(point) for point in pairwise(NUM_POINTS)} | SPECIAL
