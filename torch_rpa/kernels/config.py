@@ -153,6 +153,11 @@ class KernelConfig:
         return jnp.bfloat16 if self.q_dtype == "bfloat16" else jnp.float32
 
     @property
+    def widens(self) -> bool:
+        """Whether keys and values get another dtype to be multiplied."""
+        return jnp.dtype(self.kv_dtype) != self.compute_dtype
+
+    @property
     def score_scale(self) -> float:
         """What the dot product of a query and a widened key is multiplied by."""
         return self.options.score_scale * widen_scale(self.kv_dtype)
@@ -289,7 +294,7 @@ class KernelConfig:
         scratch = sum(_padded_bytes(shape, "float32") for shape in self.float32_scratch)
         scores = 2 * self.step_rows * self.span_blocks * self.block_keys  # of one head, and of the next
         scratch += scores * (4 + jnp.dtype(self.compute_dtype).itemsize)
-        if jnp.dtype(self.kv_dtype) != self.compute_dtype:  # keys and values that are widened together
+        if self.widens:  # keys and values that are widened together
             decode = self.group_items * self.block_keys * self.set_heads
             prefill = self.span_blocks * self.block_keys * self.prefill_heads(is_edge=False, is_first=False)
             scratch += _padded_bytes((max(decode, prefill), 2 * self.head_dim), self.compute_dtype)

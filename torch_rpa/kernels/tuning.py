@@ -79,7 +79,9 @@ def fit(config):
             break
         name = max(too_big, key=lambda name: getattr(config, name) / _LEAST[name])
         config = replace(config, **{name: max(_LEAST[name], getattr(config, name) // 2)})
-    while config.num_slots < _MOST_SLOTS and _fits(more := replace(config, num_slots=config.num_slots + 1)):
+    # Keys and values that are widened without being taken apart spill more than ``vmem_bytes`` knows.
+    most = _MOST_SLOTS if config.splits_kv or not config.widens else _NUM_SLOTS
+    while config.num_slots < most and _fits(more := replace(config, num_slots=config.num_slots + 1)):
         config = more
     return config
 
