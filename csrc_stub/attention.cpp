@@ -154,20 +154,17 @@ HeadRows values_of(const Problem& problem, const Block& block, int64_t head) {
 template <typename Page, bool kFewRows>
 using OperandOf = std::conditional_t<kFewRows && sizeof(Page) == 2, Page, float>;
 
-// [A, D] Keys or values in whole vectors: fills `rows` with where each stands.
+// Copies of keys or values, in whole vectors and as float32 if Operand is that; `starts` is room for where they stand.
 template <typename Page, typename Operand>
-void find_rows(
-    const Problem& problem, const HeadRows& in, int64_t num_rows, const Scratch& scratch, const Operand** rows) {
-  const int64_t head_dim = problem.head_dim, stride = padded_head_dim(problem);
-  const bool in_place = std::is_same_v<Page, Operand> && head_dim == stride;  // else a vector would end past the row
+HeadRows copy_rows(
+    const Problem& problem, const HeadRows& in, int64_t num_rows, const Scratch& scratch, const char** starts) {
+  const int64_t stride = padded_head_dim(problem);
   for (int64_t i = 0; i < num_rows; ++i) {
-    const Page* const row = reinterpret_cast<const Page*>(in.row(i));
     Operand* const copy = reinterpret_cast<Operand*>(scratch.tokens) + i * stride;
-    if (!in_place) {
-      copy_row(row, copy, head_dim, stride);
-    }
-    rows[i] = in_place ? reinterpret_cast<const Operand*>(row) : copy;
+    copy_row(reinterpret_cast<const Page*>(in.row(i)), copy, problem.head_dim, stride);
+    starts[i] = reinterpret_cast<const char*>(copy);
   }
+  return {starts, 0};
 }
 
 // [C] The scores of a head, a row for each query row and member of the group, become weights.
@@ -199,8 +196,10 @@ void with_operand(
     const Problem& problem, const HeadRows& in, const HeadRows& next, int64_t num_rows, const Scratch& scratch,
     const Function& function) {
   using Operand = OperandOf<Page, kFewRows>;
-  const Operand* rows[kBlockKeys];
-  find_rows<Page>(problem, in, num_rows, scratch, rows);
+  // Else a vector would end past the row.
+  const bool in_place = std::is_same_v<Page, Operand> && problem.head_dim == padded_head_dim(problem);
+  const char* starts[kBlockKeys];
+  const HeadRows rows = in_place ? in : copy_rows<Page, Operand>(problem, in, num_rows, scratch, starts);
   if constexpr (kFewRows) {
     function(AskingRows<Operand, Page>{rows, next});
   } else {

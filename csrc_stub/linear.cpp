@@ -116,11 +116,7 @@ void add_columns(const Linear& linear, const Block& block, int64_t column, int64
   for (; row + kTileRows <= block.end_row; row += kTileRows) {
     add_tile<kTileRows>(linear, block, row, column, end);
   }
-  switch (block.end_row - row) {
-    case 3: return add_tile<3>(linear, block, row, column, end);
-    case 2: return add_tile<2>(linear, block, row, column, end);
-    case 1: return add_tile<1>(linear, block, row, column, end);
-  }
+  with_rows<kTileRows - 1>(block.end_row - row, [&](auto rows) { add_tile<rows()>(linear, block, row, column, end); });
 }
 
 void begin_with_bias(const Linear& linear, int64_t first, int64_t end) {

@@ -18,18 +18,6 @@ namespace CPU_CAPABILITY {
 constexpr int kTileRows = 6;
 constexpr int kTileVecs = kLanes == 16 ? 4 : 2;
 
-// Calls function(std::integral_constant<int, num_rows>) if num_rows is 1 .. kMostRows.
-template <int kMostRows, typename Function>
-inline void with_rows(int64_t num_rows, const Function& function) {
-  if constexpr (kMostRows > 0) {
-    if (num_rows == kMostRows) {
-      function(std::integral_constant<int, kMostRows>());
-    } else {
-      with_rows<kMostRows - 1>(num_rows, function);
-    }
-  }
-}
-
 // A tile of kRows rows and kVecs vectors of columns.
 template <int kRows, int kVecs>
 struct TileSums {

@@ -91,9 +91,10 @@ inline void copy_row(const Page* in, Element* out, int64_t n, int64_t padded_n) 
 
 // ---- Operands of the products ---------------------------------------------------------------------------------
 
-// kLanes elements as float32.
+// kLanes elements as float32, those from a column of a row on.
 template <typename Element>
-inline Vec load_vec(const Element* in) {
+inline Vec load_vec(const char* row, int64_t column) {
+  const Element* const in = reinterpret_cast<const Element*>(row) + column;
   if constexpr (std::is_same_v<Element, float>) {
     return Vec::loadu(in);
   } else {
@@ -114,20 +115,20 @@ struct HeadRows {
 // Rows of elements, such as keys or values where they stand on the pages.
 template <typename Element>
 struct Rows {
-  const Element* const* rows;
+  HeadRows rows;
 
-  Vec load(int64_t row, int64_t column) const { return load_vec(rows[row] + column); }
+  Vec load(int64_t row, int64_t column) const { return load_vec<Element>(rows.row(row), column); }
 };
 
 // Rows that come with requests for the next head's, which stand on pages as Page.
 template <typename Element, typename Page>
 struct AskingRows {
-  const Element* const* rows;
+  HeadRows rows;
   HeadRows next;
 
   Vec load(int64_t row, int64_t column) const {
     ask_for(next.row(row) + column * sizeof(Page));  // some lines twice: a branch would cost more
-    return load_vec(rows[row] + column);
+    return load_vec<Element>(rows.row(row), column);
   }
 };
 

@@ -13,7 +13,7 @@ constexpr int64_t kStateRows = 256;
 // Items for each sequence, about: enough for the cores of a large machine when it is alone.
 constexpr int64_t kItemsPerSequence = 64;
 // Fewer keys than this are not worth the merge of one more partial result.
-constexpr int64_t kKeysPerItem = 256;
+constexpr int64_t kKeysPerItem = 512;
 // Partial results in memory at once: 32 MiB.
 constexpr int64_t kPartialFloatsPerWave = int64_t{8} << 20;
 

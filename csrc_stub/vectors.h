@@ -8,6 +8,7 @@
 #include <c10/util/Unroll.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace torch_rpa {
 namespace CPU_CAPABILITY {
@@ -17,6 +18,18 @@ constexpr int64_t kLanes = Vec::size();
 
 constexpr int64_t round_up(int64_t n, int64_t unit) {
   return (n + unit - 1) / unit * unit;
+}
+
+// Calls function(std::integral_constant<int, num_rows>) if num_rows is 1 .. kMostRows.
+template <int kMostRows, typename Function>
+inline void with_rows(int64_t num_rows, const Function& function) {
+  if constexpr (kMostRows > 0) {
+    if (num_rows == kMostRows) {
+      function(std::integral_constant<int, kMostRows>());
+    } else {
+      with_rows<kMostRows - 1>(num_rows, function);
+    }
+  }
 }
 
 // Lane i of the result is the sum of the lanes of sums[i]: vectors with kLanes / kVecs numbers left of each sum are

@@ -23,8 +23,8 @@ pytestmark = [needs_native, pytest.mark.usefixtures("no_grad")]
 
 REPO = Path(__file__).resolve().parent.parent
 
-# Lengths around the kernel's blocks (64 keys), items (256 keys) and tiles (192 rows of a matrix).
-EDGES = ((1, 63), (1, 64), (1, 65), (1, 255), (1, 256), (1, 257), (1, 1500), (95, 95), (97, 300), (193, 700))
+# Lengths around the kernel's blocks (64 keys), items (512 keys) and tiles (192 rows of a matrix).
+EDGES = ((1, 63), (1, 64), (1, 65), (1, 511), (1, 512), (1, 513), (1, 1500), (95, 95), (97, 300), (193, 700))
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_a_row_alone_has_the_bits_that_it_has_among_many(dtype, head_dim):
 
 def test_more_partial_results_than_fit_at_once_are_merged_in_waves():
     """40 sequences in 8 items each, of 128 rows of 256 floats, pass the limit of 32 MiB."""
-    alone = make_batch(((1, 2048),), heads=(128, 8, 256), page_size=256, dtype=torch.bfloat16)
+    alone = make_batch(((1, 4096),), heads=(128, 8, 256), page_size=256, dtype=torch.bfloat16)
     one = alone.read(sm_scale=1 / 16)
     assert_matches_oracle(alone, *one, sm_scale=1 / 16)
     count = 40
