@@ -24,6 +24,11 @@ def test_key_blocks_are_longer_for_8_bit_pages_where_their_fetch_would_be_too_sh
     assert kernel_config(replace(on_v5e, kv_dtype="int8")).block_keys == kernel_config(on_v5e).block_keys
 
 
+@pytest.mark.parametrize(("window", "keys"), [(1, 128), (128, 128), (200, 128), (1024, 256), (None, 256)])
+def test_key_blocks_are_no_longer_than_a_sliding_window(window, keys):
+    assert kernel_config(replace(LLAMA, options={"sliding_window": window})).block_keys == keys
+
+
 def test_what_the_caller_asks_for_overrides_the_rule():
     asked = {"num_kv_pages_per_block": 3, "num_queries_per_block": 48}
     config = kernel_config(replace(LLAMA, options=asked))

@@ -1,7 +1,8 @@
 """Block sizes for a chip and a shape, by a few rules from hardware facts. What a caller asks for overrides them.
 
 - Rows: enough that the products over a key block outlast its fetch, and few enough that the first rows come soon.
-- Keys: enough that the fetch of a block outlasts what decode does for each block, whatever its length.
+- Keys: enough that the fetch of a block outlasts what decode does for each block, whatever its length, but no more than
+  a sliding window has: decode computes most of a block for the few keys of a window that are in it.
 - What does not fit into VMEM is halved, first what is largest beside the least that is of use.
 
 ``benchmarks/sweep_blocks.py`` compares the choice with others.
@@ -21,6 +22,8 @@ _BLOCK_ROWS = 128
 _STEP_ROWS = 512
 # Half of what a prefill step takes at once, and more. Longer ones would keep short sequences waiting.
 _BLOCK_KEYS = 256, 512, 1024
+# Keys of one register of scores.
+_LEAST_KEYS = 128
 # What decode needs for each block beside its keys: the scalar core to work out and start a fetch and to find the block
 # again, the vector units to begin. 400 to 600 cycles.
 _BLOCK_SECONDS = 0.33e-6
@@ -57,9 +60,10 @@ def choose(
     """
     block_rows = min(options.num_queries_per_block or _BLOCK_ROWS, num_tokens)
     block_rows = -(-block_rows // _TILE_ROWS) * _TILE_ROWS
+    block_keys = _block_keys(chip, token_bytes, options.sliding_window)
     return Blocks(
         block_rows=block_rows,
-        block_pages=options.num_kv_pages_per_block or max(1, _block_keys(chip, token_bytes) // page_size),
+        block_pages=options.num_kv_pages_per_block or max(1, block_keys // page_size),
         num_slots=_NUM_SLOTS,
         group_items=_GROUP_ITEMS,
         row_batches=_ROW_BATCHES,
@@ -90,6 +94,7 @@ def _fits(config) -> bool:
     return config.vmem_bytes <= config.vmem_limit_bytes - _SPILLED_BYTES
 
 
-def _block_keys(chip: Chip, token_bytes: int) -> int:
+def _block_keys(chip: Chip, token_bytes: int, window: int | None) -> int:
     outlasting = (keys for keys in _BLOCK_KEYS if keys * token_bytes > _BLOCK_SECONDS * chip.hbm_bytes_per_s)
-    return next(outlasting, _BLOCK_KEYS[-1])
+    keys = next(outlasting, _BLOCK_KEYS[-1])
+    return keys if window is None else min(keys, max(_LEAST_KEYS, 1 << window.bit_length() - 1))
