@@ -6,7 +6,9 @@ import pytest
 from batches import MODEL_HEADS
 
 from benchmarks.compile_matrix import FACTORS, all_points, case_of, pairs_of, pairwise
+from torch_rpa import tpu_time
 from torch_rpa.aot import OpCase, compile_report
+from torch_rpa.aot.times import scalars
 from torch_rpa.kernels import chips
 
 pytest.importorskip("libtpu")
@@ -33,6 +35,17 @@ def test_compiles_for_a_tpu_without_copies_and_updates_in_place(case):
     assert report.temp_bytes < report.page_bytes / 2
     assert 0 < report.vmem_bytes <= chips.named(case.chip).vmem_limit_bytes
     assert report.seconds < 60  # 4 to 16 s on two cores of their own
+
+
+@pytest.mark.slow
+def test_decode_of_a_long_sequence_takes_as_long_as_its_sliding_window(tmp_path):
+    """Modelled, and so the same on every machine."""
+    sizes = {"context": 32768, "num_pages": 64 * 256}
+    case = OpCase("v6e", MODEL_HEADS["llama-3-8b"], options={"sliding_window": 1024}, **sizes)
+    assert compile_report(case, tmp_path).error is None
+    kernel = tpu_time.Kernel(tmp_path, "v6e")
+    window, long = (kernel.run(scalars(case, [(1, kv_len)] * 64)).microseconds for kv_len in (1024, 32768))
+    assert 0.95 * window < long < 1.05 * window
 
 
 @pytest.mark.slow
