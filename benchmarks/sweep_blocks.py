@@ -40,6 +40,8 @@ def case_of(chip: str, name: str, choice: str) -> OpCase:
 
 def modelled(case: OpCase) -> dict[str, float | str]:
     """Modelled us of the two kinds of batches, or why there are none."""
+    if case.options.get("num_kv_pages_per_block") == 0:
+        return {"error": "less than a page"}
     with tempfile.TemporaryDirectory() as folder:
         report = compile_report(case, folder)
         if report.error:
