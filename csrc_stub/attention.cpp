@@ -43,8 +43,8 @@ struct State {
 
 struct Scratch {
   float* q;       // [state rows, padded head_dim]
-  float* sums;    // [state rows, padded head_dim]
-  RowState* rows; // [state rows]
+  State piece;    // of one piece of keys
+  State total;    // of all pieces so far
   float* tokens;  // [kBlockKeys, padded head_dim]: copies of keys, then of values
   float* scores;  // [matrix rows, kBlockKeys]
 };
@@ -64,8 +64,9 @@ int64_t lay_out(const Problem& problem, float* memory, Scratch& scratch) {
     return start;
   };
   scratch.q = take(state_rows * head_dim);
-  scratch.sums = take(state_rows * head_dim);
-  scratch.rows = reinterpret_cast<RowState*>(take(state_rows * 2));
+  for (State* state : {&scratch.piece, &scratch.total}) {
+    *state = {reinterpret_cast<RowState*>(take(state_rows * 2)), take(state_rows * head_dim), head_dim};
+  }
   scratch.tokens = take(kBlockKeys * head_dim);
   scratch.scores = take(most_matrix_rows(problem) * kBlockKeys);
   return next - memory;
@@ -105,13 +106,10 @@ void load_q(const Problem& problem, const Tile& tile, float* out) {
   });
 }
 
-// No key yet; a sink is a logit without a value, and counts in the first item of a tile.
-void start_state(const Problem& problem, const Tile& tile, bool with_sinks, const State& state) {
-  for_each_row(problem, tile, [&](int64_t, int64_t q_head, int64_t state_row) {
-    const float sink = with_sinks ? problem.sinks[q_head] : kMinusInfinity;
-    state.rows[state_row] = {sink, sink == kMinusInfinity ? 0.0f : 1.0f};
-    std::fill_n(state.sums + state_row * state.stride, state.stride, 0.0f);
-  });
+// No key yet.
+void start_state(const State& state, int64_t state_rows) {
+  std::fill_n(state.rows, state_rows, RowState{kMinusInfinity, 0.0f});
+  std::fill_n(state.sums, state_rows * state.stride, 0.0f);
 }
 
 // ---- One block of keys ----------------------------------------------------------------------------------------
@@ -256,27 +254,59 @@ void attend_block(
 
 template <typename Page, bool kFewRows>
 void attend_keys(
-    const Problem& problem, const Tile& tile, int64_t first_key, int64_t end_key, const Scratch& scratch,
-    const State& state) {
-  Block block = locate(problem, tile, first_key, end_key);
+    const Problem& problem, const Tile& tile, const KeyRange& keys, const Scratch& scratch, const State& state) {
+  Block block = locate(problem, tile, keys.first, keys.end);
   while (block.num_keys > 0) {
-    const Block next = locate(problem, tile, block.first_key + block.num_keys, end_key);
+    const Block next = locate(problem, tile, block.first_key + block.num_keys, keys.end);
     attend_block<Page, kFewRows>(problem, tile, block, next, scratch, state);
     block = next;
   }
 }
 
-// ---- After the last block -------------------------------------------------------------------------------------
+// The state of a tile's rows over one piece of keys.
+void attend_piece(
+    const Problem& problem, const Tile& tile, const KeyRange& piece, const Scratch& scratch, const State& state) {
+  start_state(state, tile.state_rows(problem.group()));
+  with_type(problem.page_dtype, [&](auto type) {
+    using Page = decltype(type);
+    const bool few_rows = tile.matrix_rows(problem.group()) <= kMostFewRows;
+    const auto attend = few_rows ? attend_keys<Page, true> : attend_keys<Page, false>;
+    attend(problem, tile, piece, scratch, state);
+  });
+}
+
+// ---- After the last block of a piece ---------------------------------------------------------------------------
+
+void add_state(const Problem& problem, const Tile& tile, const State& into, const State& from) {
+  for (int64_t row = 0; row < tile.state_rows(problem.group()); ++row) {
+    merge_rows(
+        into.rows[row], into.sums + row * into.stride, from.rows[row], from.sums + row * from.stride,
+        problem.head_dim);
+  }
+}
+
+// The state of a row and of a sink, a logit without a value; `decay` is what sums of values are then multiplied by.
+RowState with_sink(const RowState& row, float sink, float& decay) {
+  decay = 1.0f;
+  if (sink == kMinusInfinity) {
+    return row;
+  }
+  const float top = sink > row.top ? sink : row.top;
+  decay = std::exp(row.top - top);
+  return {top, row.sum * decay + std::exp(sink - top)};
+}
 
 void finish(const Problem& problem, const Tile& tile, const State& state) {
   with_type(problem.dtype, [&](auto type) {
     using Out = decltype(type);
     Out* const out = static_cast<Out*>(problem.out);
     for_each_row(problem, tile, [&](int64_t row, int64_t q_head, int64_t state_row) {
-      const auto [top, sum] = state.rows[state_row];
+      float decay;
+      const float sink = problem.sinks == nullptr ? kMinusInfinity : problem.sinks[q_head];
+      const auto [top, sum] = with_sink(state.rows[state_row], sink, decay);
       const int64_t place = row * problem.num_q_heads + q_head;
       const float* const sums = state.sums + state_row * state.stride;
-      const float scale = sum == 0.0f ? 0.0f : problem.value_scale / sum;
+      const float scale = sum == 0.0f ? 0.0f : problem.value_scale * decay / sum;
       for (int64_t d = 0; d < problem.head_dim; ++d) {
         out[place * problem.head_dim + d] = static_cast<Out>(sums[d] * scale);
       }
@@ -300,38 +330,34 @@ void save(const Problem& problem, const Tile& tile, const State& from, const Sta
   }
 }
 
+// The whole of a tile, piece by piece.
+void attend_tile(const Problem& problem, const Tile& tile, const Scratch& scratch) {
+  KeyRange piece = piece_of(tile, 0);
+  attend_piece(problem, tile, piece, scratch, scratch.total);
+  while (piece.end < tile.end_key) {
+    piece = piece_from(tile, piece.end);
+    attend_piece(problem, tile, piece, scratch, scratch.piece);
+    add_state(problem, tile, scratch.total, scratch.piece);
+  }
+  finish(problem, tile, scratch.total);
+}
+
 void attend(const Problem& problem, const Tile& tile, int64_t item, float* partials, float* memory) {
   Scratch scratch;
   lay_out(problem, memory, scratch);
-  const State state{scratch.rows, scratch.sums, padded_head_dim(problem)};
   load_q(problem, tile, scratch.q);
-  start_state(problem, tile, problem.sinks != nullptr && item == 0, state);
-
-  const int64_t first_key = tile.first_key + item * tile.keys_per_item;
-  const int64_t end_key = std::min(tile.end_key, first_key + tile.keys_per_item);
-  with_type(problem.page_dtype, [&](auto type) {
-    using Page = decltype(type);
-    const bool few_rows = tile.matrix_rows(problem.group()) <= kMostFewRows;
-    const auto attend = few_rows ? attend_keys<Page, true> : attend_keys<Page, false>;
-    attend(problem, tile, first_key, end_key, scratch, state);
-  });
   if (tile.num_items == 1) {
-    finish(problem, tile, state);
+    attend_tile(problem, tile, scratch);
   } else {
-    save(problem, tile, state, partial_state(problem, tile, item, partials));
+    attend_piece(problem, tile, piece_of(tile, item), scratch, scratch.piece);
+    save(problem, tile, scratch.piece, partial_state(problem, tile, item, partials));
   }
 }
 
 void merge(const Problem& problem, const Tile& tile, float* partials) {
-  const int64_t state_rows = tile.state_rows(problem.group());
   const State into = partial_state(problem, tile, 0, partials);
   for (int64_t item = 1; item < tile.num_items; ++item) {
-    const State from = partial_state(problem, tile, item, partials);
-    for (int64_t row = 0; row < state_rows; ++row) {
-      merge_rows(
-          into.rows[row], into.sums + row * into.stride, from.rows[row], from.sums + row * from.stride,
-          problem.head_dim);
-    }
+    add_state(problem, tile, into, partial_state(problem, tile, item, partials));
   }
   finish(problem, tile, into);
 }

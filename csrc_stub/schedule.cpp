@@ -10,10 +10,12 @@ namespace {
 constexpr int64_t kMatrixRows = 192;
 // Rows of all the heads of a tile. Decode takes all heads at once, and so reads whole tokens from end to end.
 constexpr int64_t kStateRows = 256;
-// Items for each sequence, about: enough for the cores of a large machine when it is alone.
-constexpr int64_t kItemsPerSequence = 64;
-// Fewer keys than this are not worth the merge of one more partial result.
-constexpr int64_t kKeysPerItem = 512;
+// A sequence with so many tiles has work for the cores without sharing out the pieces of a tile.
+constexpr int64_t kManyTiles = 16;
+// Keys of a piece: fewer are not worth the merge of one more result. But a power of two is cut into kPiecesOfPower at most
+// from there to the next, so that their number grows with the logarithm of the context.
+constexpr int64_t kPieceKeys = 512;
+constexpr int64_t kPiecesOfPower = 16;
 // Partial results in memory at once: 32 MiB.
 constexpr int64_t kPartialFloatsPerWave = int64_t{8} << 20;
 
@@ -21,12 +23,20 @@ int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// Cuts the tile's keys into items of equal length, whole multiples of kKeysPerItem.
-void split_keys(Tile& tile, int64_t most_items) {
-  const int64_t num_keys = tile.end_key - tile.first_key;
-  const int64_t units = std::max<int64_t>(1, divide_up(num_keys, kKeysPerItem));
-  tile.keys_per_item = divide_up(units, std::min(units, most_items)) * kKeysPerItem;
-  tile.num_items = std::max<int64_t>(1, divide_up(num_keys, tile.keys_per_item));
+int64_t next_cut(int64_t key) {
+  int64_t piece_keys = kPieceKeys;
+  while (piece_keys * kPiecesOfPower * 2 <= key) {
+    piece_keys *= 2;
+  }
+  return (key / piece_keys + 1) * piece_keys;
+}
+
+int64_t count_pieces(const Tile& tile) {
+  int64_t count = 1;
+  for (KeyRange piece = piece_of(tile, 0); piece.end < tile.end_key; piece = piece_from(tile, piece.end)) {
+    ++count;
+  }
+  return count;
 }
 
 std::vector<Tile> tiles_of(const Problem& problem, const Sequence& sequence) {
@@ -35,7 +45,6 @@ std::vector<Tile> tiles_of(const Problem& problem, const Sequence& sequence) {
   const int64_t tile_heads =
       std::clamp<int64_t>(kStateRows / (tile_rows * group), 1, problem.num_kv_heads);
   const int64_t num_tiles = divide_up(sequence.q_len, tile_rows) * divide_up(problem.num_kv_heads, tile_heads);
-  const int64_t most_items = std::max<int64_t>(1, kItemsPerSequence / num_tiles);
 
   std::vector<Tile> tiles;
   for (int64_t head = 0; head < problem.num_kv_heads; head += tile_heads) {
@@ -51,7 +60,7 @@ std::vector<Tile> tiles_of(const Problem& problem, const Sequence& sequence) {
       tile.first_key = visible_keys(problem, tile.first_position, sequence.kv_len).first;
       tile.end_key = visible_keys(problem, tile.first_position + tile.num_rows - 1, sequence.kv_len).end;
       tile.end_key = std::max(tile.first_key, tile.end_key);
-      split_keys(tile, most_items);
+      tile.num_items = num_tiles < kManyTiles ? count_pieces(tile) : 1;
       tiles.push_back(tile);
     }
   }
@@ -59,6 +68,18 @@ std::vector<Tile> tiles_of(const Problem& problem, const Sequence& sequence) {
 }
 
 }  // namespace
+
+KeyRange piece_from(const Tile& tile, int64_t key) {
+  return {key, std::min(next_cut(key), tile.end_key)};
+}
+
+KeyRange piece_of(const Tile& tile, int64_t index) {
+  KeyRange piece = piece_from(tile, tile.first_key);
+  for (; index > 0; --index) {
+    piece = piece_from(tile, piece.end);
+  }
+  return piece;
+}
 
 int64_t most_matrix_rows(const Problem& problem) {
   return std::max(kMatrixRows, problem.group());

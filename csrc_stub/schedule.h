@@ -1,13 +1,13 @@
 // What has to be computed: sequences, tiles of their rows, and work items that any thread may take.
 //
 //                        keys of the sequence ->
-//                 0        512       1024      1536
-//   rows 0 .. 3   | item 0  | item 1  | item 2  |       one tile: some rows of one sequence, some of its KV heads;
-//   rows 4 .. 7   | item 3  | item 4  | item 5  |       an item is a tile and a range of its keys
+//                 0         512        1024       1536
+//   rows 0 .. 3   | piece 0  | piece 1  | piece 2  |    one tile: some rows of one sequence, some of its KV heads;
+//   rows 4 .. 7   | piece 0  | piece 1  | piece 2  |    an item is a piece of a tile's keys, or the whole tile
 //
-// How a sequence is cut depends on its own lengths only, never on the batch or on the number of threads, and the
-// items of a tile are merged in the order of their keys. So a row's result is the same bits whatever else is in the
-// batch and however many threads there are.
+// Each piece begins with an empty softmax, and pieces are merged in the order of their keys. Where they are cut depends
+// on the places of the keys alone: not on the sequence's length, the tile's rows, the batch or the threads. So a row is
+// the same bits whatever is computed beside it, and whether it is decoded or stands in a prompt.
 
 #pragma once
 
@@ -32,8 +32,8 @@ struct Tile {
   int64_t first_row, num_rows, first_position, kv_len;
   int64_t first_head, end_head;
   int64_t first_key, end_key;
-  int64_t num_items, keys_per_item;
-  int64_t partial;  // where the first item's partial result starts in the buffer of its wave, in floats
+  int64_t num_items;  // its pieces, or 1 for the whole of it
+  int64_t partial;    // where the first item's partial result starts in the buffer of its wave, in floats
 
   int64_t matrix_rows(int64_t group) const {  // rows of the matrix that meets the keys of one KV head
     return num_rows * group;
@@ -48,11 +48,18 @@ struct WorkItem {
   int64_t index;  // among the items of the tile
 };
 
-// The keys first .. end that the query at a position sees.
+// Some keys of a sequence, in its order: first .. end.
 struct KeyRange {
   int64_t first, end;
 };
 
+// The piece of the tile's keys that begins with a key.
+KeyRange piece_from(const Tile& tile, int64_t key);
+
+// The piece of this number; the first one, maybe an empty one, has number 0.
+KeyRange piece_of(const Tile& tile, int64_t index);
+
+// The keys that the query at a position sees.
 inline KeyRange visible_keys(const Problem& problem, int64_t position, int64_t kv_len) {
   const int64_t window = problem.sliding_window;
   const int64_t end = problem.causal ? position + 1 : position + window;

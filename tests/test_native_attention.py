@@ -23,7 +23,7 @@ pytestmark = [needs_native, pytest.mark.usefixtures("no_grad")]
 
 REPO = Path(__file__).resolve().parent.parent
 
-# Lengths around the kernel's blocks (64 keys), items (512 keys) and tiles (192 rows of a matrix).
+# Lengths around the kernel's blocks (64 keys), pieces (512 keys) and tiles (192 rows of a matrix).
 EDGES = ((1, 63), (1, 64), (1, 65), (1, 511), (1, 512), (1, 513), (1, 1500), (95, 95), (97, 300), (193, 700))
 
 
@@ -111,8 +111,35 @@ def test_a_row_alone_has_the_bits_that_it_has_among_many(dtype, head_dim):
         assert torch.equal(one[0], many[299])
 
 
+@pytest.mark.parametrize("kv_len", [600, 3000])
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 700}, {"sinks": True, "soft_cap": 9.0}], ids=str)
+@pytest.mark.parametrize("heads", [(8, 2, 64), (9, 3, 64)], ids=str)
+def test_a_row_has_the_same_bits_however_many_rows_of_its_prompt_are_read_with_it(heads, options, kv_len):
+    """As with a prompt of which some pages are shared, or with chunks of another size."""
+    batch = make_batch(((kv_len, kv_len),), heads=heads, spare_rows=0, spare_seqs=0)
+    if "sinks" in options:
+        options = {**options, "sinks": torch.linspace(-1, 1, heads[0])}
+    results = []
+    for num_rows in (1, 8, 256, kv_len):
+        q_lens = torch.tensor([0, num_rows], dtype=torch.int32)
+        metadata = batch.kv_lens, batch.page_indices, q_lens, batch.num_seqs
+        read = torch.ops.rpa.ragged_paged_attention_with_lse(batch.q[-num_rows:], batch.kv_pages, *metadata, **options)
+        results.append([x[-1] for x in read])
+    for result in results[1:]:
+        for one, other in zip(results[0], result, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kv_len", [16384, 20000, 40000])
+def test_pieces_of_a_long_context_equal_the_oracle(kv_len):
+    """Beyond 16384 keys pieces are longer, and grow with each power of two."""
+    batch = make_batch(((1, kv_len), (3, 16385)), heads=(2, 1, 16), page_size=256)
+    out, lse = batch.read(sm_scale=0.25)
+    assert_matches_oracle(batch, out, lse, sm_scale=0.25)
+
+
 def test_more_partial_results_than_fit_at_once_are_merged_in_waves():
-    """40 sequences in 8 items each, of 128 rows of 256 floats, pass the limit of 32 MiB."""
+    """40 sequences in 8 pieces each, of 128 rows of 256 floats, pass the limit of 32 MiB."""
     alone = make_batch(((1, 4096),), heads=(128, 8, 256), page_size=256, dtype=torch.bfloat16)
     one = alone.read(sm_scale=1 / 16)
     assert_matches_oracle(alone, *one, sm_scale=1 / 16)
