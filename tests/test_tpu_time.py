@@ -178,6 +178,24 @@ def test_work_beside_a_dma_is_not_waited_for_twice(tmp_path):
     assert machine.now == 1 + 1000 + 2
 
 
+def test_a_general_dma_is_between_the_memories_that_a_comment_names(tmp_path):
+    operands = "/*src=*/%s1_s1, /*size_in_granules=*/1000, /*dst=*/%s1_s1, /*dst_syncflagno=*/[#allocation2], "
+    operands += "/*src_syncflagno=*/%s1_s1, /*stridedescaddr=*/[#allocation1], /*dst_syncflagno_1=*/0 /* hbm-to-vmem */"
+    machine = run(tmp_path, [f"%4 = dma.general (!%p1_p1), {operands}"], *wait(1000))
+    assert machine.now == 100 + 8 + 4000 + 2
+    assert machine.hbm_bytes == 32_000
+
+
+def test_a_number_may_come_with_a_note_of_where_its_address_belongs(tmp_path):
+    machine = run(
+        tmp_path,
+        ["%s1_s1 = smov [#allocation1]"],
+        ["%s2_s2 = scalar_lea.smem %s1_s1, 1 [#allocation1]"],
+        ["%9 = sst [smem:[%s2_s2]] 7"],
+    )
+    assert smem(machine, 1) == 7
+
+
 def test_scalars_come_in_by_dma(tmp_path):
     machine = run(
         tmp_path,

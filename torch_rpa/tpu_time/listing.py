@@ -14,6 +14,8 @@ from pathlib import Path
 _BUNDLE = re.compile(r"^ *(0x[0-9a-f]+|0) +(?:[A-Z]{2} *)*: *(?:> *)*\{", re.MULTILINE)
 _LABEL = re.compile(r"/\*(\w+)=\*/")
 _COMMENT = re.compile(r"/\*(?:(?!/\*).)*?\*/", re.DOTALL)  # one without another one in it
+# libtpu 0.0.42 for 7x: which memories such a DMA is between stands in a comment only.
+_GENERAL_DMA = re.compile(r"dma\.general\b([^;{}]*)/\* (\w+)-to-(\w+) \*/")
 _OPERATION = re.compile(r"(?:(%\w+) = )?([a-z][\w.]*)\s*(.*)", re.DOTALL)
 _HINT = re.compile(r"\[(?:thread|resolvable):\$\w+\]\s*,?")
 _GUARD = re.compile(r"\((!?%p\w+)(?:, (%\w+))?\)\s*,?")
@@ -97,7 +99,7 @@ def _operations(bundle: str) -> list[Operation]:
 
 
 def _without_comments(text: str) -> str:
-    text, count = _LABEL.sub(r"\1=", text), 1
+    text, count = _LABEL.sub(r"\1=", _GENERAL_DMA.sub(r"dma.\2_to_\3\1", text)), 1
     while count:
         text, count = _COMMENT.subn("", text)
     return text

@@ -240,7 +240,8 @@ class Program:
     def _dma(self, code: str, operands: tuple[str, ...]) -> Effect:
         source, target = code.removeprefix("dma.").split("_to_")
         named = dict(operand.split("=", 1) for operand in operands)
-        names = (source, target, "size_in_granules", "dst_syncflagno")
+        places = (source, target) if source in named else ("src", "dst")  # a general DMA
+        names = (*places, "size_in_granules", "dst_syncflagno")
         values = [self._operand(named[name]) for name in names]
         return lambda m: m.start_dma(source, target, *(value(m) for value in values))
 
@@ -254,11 +255,12 @@ class Program:
         """A register, a number, or an allocation's address; a label, or a note of what an address belongs to, may
         stand beside it."""
         text = text.partition("=")[2] or text
-        register = _register(text.split(" ")[0])
-        if register is not None:
-            return lambda m: m.registers[register]
         if text.startswith("["):
             return self._sum(text[1:-1])
+        text = text.split(" ")[0]
+        register = _register(text)
+        if register is not None:
+            return lambda m: m.registers[register]
         if not text.isdecimal():
             raise NotImplementedError(f"operand {text} of libtpu's listing is not known")
         number = int(text)
