@@ -35,6 +35,15 @@ def test_what_the_caller_asks_for_overrides_the_rule():
     assert (config.block_pages, config.block_rows) == (3, 48)
 
 
+@pytest.mark.parametrize("chip", [*CHIPS, None])
+@pytest.mark.parametrize("num_tokens", [1, 48, 80, 112, 200])
+def test_row_blocks_are_whole_tiles_however_many_tokens_there_are(chip, num_tokens):
+    for model in MODELS.values():
+        for page_size in (16, 128):
+            case = OpCase(chip, model.heads, page_size, num_tokens=num_tokens, dtype="float32", update=True)
+            assert kernel_config(case).block_rows % 16 == 0
+
+
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("page_size", [32, 128])

@@ -45,7 +45,7 @@ def ragged_paged_attention_with_lse(
             ``pltpu.InterpretParams`` for the TPU interpreter.
         backend: "auto" for the Pallas kernel on TPU and plain XLA ops elsewhere, "xla" for plain XLA ops everywhere.
         chip: the TPU that the call is compiled for, "v4", "v5e", "v5p", "v6e" or "7x", or None for blocks that fit on
-            every one but v4, which has an eighth of the others' vector memory.
+            every one but v4, which has a quarter of the others' vector memory, or less.
         **options: the fields of ``torch_rpa.options.AttentionOptions``: sm_scale, causal, sliding_window, ...
 
     Returns:

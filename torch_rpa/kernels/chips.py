@@ -64,7 +64,7 @@ CHIPS = {
 }
 
 # Where nobody says which chip it is: any but v4.
-_UNNAMED = Chip("any", (), "", "", 64 * _MIB, 16 * _GIB, 819e9, 197e12, 128)
+_UNNAMED = Chip("any", (), "", "", 64 * _MIB, 16 * _GIB, 819e9, 197e12, 128, dma_rows=16)
 
 
 def named(name: str | None) -> Chip:

@@ -301,9 +301,19 @@ class KernelConfig:
         if self.with_update:
             staged += 4 * _padded_bytes((self.block_rows, self.num_kv_heads * self.head_dim), self.q_dtype)
             scratch += 2 * _padded_bytes(self.new_rows_shape, "float32")
-            scratch += _padded_bytes(self.row_buffer_shape, self.kv_dtype)
+            scratch += _padded_bytes(self.row_buffer_shape, self.kv_dtype) * self.puts_tokens
             scratch += _padded_bytes(self.token_rows_shape, "float32") * self.heads_form
         return staged + scratch + _padded_bytes(self.kv_buffer_shape, self.kv_dtype)
+
+    @property
+    def vmem_problem(self) -> str:
+        """Why the blocks do not fit, where they do not, and what would."""
+        need, limit = (f"{size / 2**20:.1f} MiB" for size in (self.vmem_bytes, self.vmem_limit_bytes))
+        return (
+            f"{self.block_rows} rows and {self.block_pages} pages of {self.page_size} tokens take {need} of a TPU's "
+            f"vector memory, of which the kernel may have {limit}; use smaller pages, lower num_queries_per_block or "
+            "num_kv_pages_per_block, or raise vmem_limit_bytes"
+        )
 
     @property
     def smem_bytes(self) -> int:

@@ -26,6 +26,7 @@ from torch_rpa.kernels import decode, prefill, rows, worklist, write
 from torch_rpa.kernels.config import KernelConfig, make_config
 from torch_rpa.kernels.dma import PageFetch
 from torch_rpa.kernels.refs import Refs
+from torch_rpa.kernels.refuse import refuse_on_tpu
 from torch_rpa.kernels.schedule import Item
 
 
@@ -63,6 +64,8 @@ def _call(q, k, v, kv_pages, metadata, sinks, options, with_lse, interpret, chip
         q, kv_pages, page_indices, options,
         with_lse=with_lse, with_sinks=sinks is not None, with_update=k is not None, chip=chip,
     )  # fmt: skip
+    if config.vmem_bytes > config.vmem_limit_bytes and not interpret:
+        q = refuse_on_tpu(q, f"torch_rpa cannot run this call: {config.vmem_problem}")
     scalars = [kv_lens, page_indices.reshape(-1), cu_q_lens, num_seqs]
     scalars += [] if sinks is None else [sinks.astype(jnp.float32)]
     rows = [x.reshape(config.num_tokens, -1) for x in (q, k, v) if x is not None]
@@ -118,12 +121,13 @@ def _out_shapes(config: KernelConfig):
 
 
 def _scratch_shapes(config: KernelConfig):
-    new_rows = [pltpu.VMEM(config.new_rows_shape, jnp.float32)] * 2
     update = [
-        *new_rows,
+        *[pltpu.VMEM(config.new_rows_shape, jnp.float32)] * 2,
         *[pltpu.VMEM(config.token_rows_shape, jnp.float32)] * config.heads_form,
         pltpu.SemaphoreType.DMA,
         pltpu.SMEM((1,), jnp.int32),
+    ]
+    rows_of_their_own = [
         pltpu.VMEM(config.row_buffer_shape, config.kv_dtype),
         pltpu.SemaphoreType.DMA((config.row_batches,)),
         pltpu.SMEM((config.row_batches,), jnp.int32),
@@ -133,6 +137,7 @@ def _scratch_shapes(config: KernelConfig):
         pltpu.VMEM(config.kv_buffer_shape, config.kv_dtype),
         pltpu.SemaphoreType.DMA((config.num_slots,)),
         *(update if config.with_update else []),
+        *(rows_of_their_own if config.puts_tokens else []),
         pltpu.SMEM((worklist.CURSOR_SIZE,), jnp.int32),
         pltpu.SMEM((config.num_slots * len(Item._fields),), jnp.int32),
     ]
@@ -143,8 +148,8 @@ def _name_refs(config: KernelConfig, refs) -> Refs:
     left_out = set() if config.with_sinks else {"sinks"}
     left_out |= set() if config.with_lse else {"lse"}
     update = {"k", "v", "kv_pages_in", "k_rows", "v_rows", "token_rows", "tile_write_sem", "tile_writes"}
-    update |= {"row_buffer", "row_write_sems", "row_writes"}
     left_out |= set() if config.with_update else update
+    left_out |= set() if config.puts_tokens else {"row_buffer", "row_write_sems", "row_writes"}
     left_out |= set() if config.heads_form else {"token_rows"}
     refs = iter(refs)
     return Refs(**{name: None if name in left_out else next(refs) for name in Refs._fields})
@@ -175,7 +180,7 @@ def _kernel(config: KernelConfig, refs: Refs):
         pl.when(step >= first)(lambda: _attend_block(config, refs, fetch, step - first))
     else:
         _attend_block(config, refs, fetch, step)
-    if config.with_update:
+    if config.puts_tokens:
         pl.when(step == first + config.num_row_blocks - 1)(lambda: write.wait_for_rows(config, refs))
 
 

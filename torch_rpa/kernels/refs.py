@@ -21,7 +21,7 @@ class Refs(NamedTuple):
     kv_pages_hbm: Any  # HBM [num_pages, page_size * token_rows, kv_width / token_rows]
     out: Any  # VMEM, as q
     lse: Any  # VMEM float32 [block_rows, num_q_heads], or None
-    q_rows: Any  # VMEM float32 [num_kv_heads, lane_parts, matrix rows, head_dim / lane_parts]
+    q_rows: Any  # VMEM float32 [num_kv_heads, lane_parts, matrix rows, 128]: the last lanes may be zeros
     acc_rows: Any  # VMEM, as q_rows
     top_rows: Any  # VMEM float32 [num_kv_heads, matrix rows, 128], the same in every lane
     total_rows: Any  # VMEM, as top_rows, but spread out over the lanes
@@ -29,9 +29,9 @@ class Refs(NamedTuple):
     decode_acc: Any  # VMEM float32 [num_head_sets, query heads of a set, head_dim]: of an unfinished row
     decode_top: Any  # VMEM float32 [num_head_sets, query heads of a set, 128], the same in every lane
     decode_total: Any  # VMEM, as decode_top, but spread out over the lanes
-    kv_buffer: Any  # VMEM [num_slots, block_pages, page_size * token_rows, kv_width / token_rows]
+    kv_buffer: Any  # VMEM [num_slots, block_pages, page_size, kv_width], or in heads form as ``kv_buffer_shape``
     kv_sems: Any  # DMA semaphores [num_slots]
-    k_rows: Any  # VMEM float32 [num_kv_heads, lane_parts, rows, head_dim / lane_parts], or None
+    k_rows: Any  # VMEM float32 [num_kv_heads, lane_parts, rows, 128], or None
     v_rows: Any  # VMEM, as k_rows
     token_rows: Any  # VMEM float32 [unit_tokens * token_rows, head_dim]: new tokens in heads form, or None
     tile_write_sem: Any  # DMA semaphore of writes from kv_buffer, or None

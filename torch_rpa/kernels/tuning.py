@@ -34,7 +34,7 @@ _GROUP_ITEMS = 4
 _ROW_BATCHES = 16
 # VMEM that is the compiler's own, for values that do not fit into registers.
 _SPILLED_BYTES = 5 * 2**20
-# The least of each that is of use.
+# The least of each that is of use; others are whole multiples of it.
 _LEAST = {"row_batches": 2, "num_slots": 4, "step_rows": 32, "block_rows": 16, "block_pages": 1, "group_items": 2}
 
 
@@ -82,12 +82,16 @@ def fit(config):
         if not too_big:
             break
         name = max(too_big, key=lambda name: getattr(config, name) / _LEAST[name])
-        config = replace(config, **{name: max(_LEAST[name], getattr(config, name) // 2)})
+        config = replace(config, **{name: _half(getattr(config, name), _LEAST[name])})
     # Keys and values that are widened without being taken apart spill more than ``vmem_bytes`` knows.
     most = _MOST_SLOTS if config.splits_kv or not config.widens else _NUM_SLOTS
     while config.num_slots < most and _fits(more := replace(config, num_slots=config.num_slots + 1)):
         config = more
     return config
+
+
+def _half(count: int, least: int) -> int:
+    return max(1, count // 2 // least) * least
 
 
 def _fits(config) -> bool:

@@ -40,6 +40,7 @@ def start_batch(config: KernelConfig, refs: Refs, only_new=False):
         refs.items[i] = config.num_row_blocks  # no item of any row block
     if config.with_update:
         refs.tile_writes[0] = 0
+    if config.puts_tokens:
         for batch in range(config.row_batches):
             refs.row_writes[batch] = 0
     _find_tile(config, refs)
