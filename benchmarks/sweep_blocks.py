@@ -4,7 +4,8 @@
     python -m benchmarks.sweep_blocks --table            print the table of benchmarks/sweep_blocks.csv
 
 One compile of a model's attention for a chip gives the time of decode (the geometric mean over the decode batches of
-``workloads.py``) and of prefill (over the others), by ``torch_rpa.tpu_time``; nothing is measured.
+``workloads.py``) and of prefill (over the others), by ``torch_rpa.tpu_time``; nothing is measured. Results of other
+kernel sources than today's are dropped.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from statistics import geometric_mean
 
 from tqdm import tqdm
 
+from benchmarks.compile_matrix import source_hash
 from torch_rpa import tpu_time, workloads
 from torch_rpa.aot.op import OpCase, compile_report, kernel_config
 from torch_rpa.aot.times import scalars
@@ -26,7 +28,7 @@ CHIPS = ("v6e", "v5e")
 PAGE_SIZE = 128
 RULE = "rule"
 CHOICES = {RULE: 1, "half": 0.5, "double": 2}  # keys of a block, in those of the rule
-COLUMNS = ("chip", "model", "choice", "block_keys", "decode_us", "prefill_us", "error")
+COLUMNS = ("source", "chip", "model", "choice", "block_keys", "decode_us", "prefill_us", "error")
 
 
 def case_of(chip: str, name: str, choice: str) -> OpCase:
@@ -45,7 +47,7 @@ def modelled(case: OpCase) -> dict[str, float | str]:
     with tempfile.TemporaryDirectory() as folder:
         report = compile_report(case, folder)
         if report.error:
-            return {"error": report.error.splitlines()[0][:100]}
+            return {"error": "does not fit VMEM" if "vmem" in report.error.lower() else report.error}
         try:
             return {"block_keys": report.block_keys} | _times(case, tpu_time.Kernel(folder, case.chip))
         except NotImplementedError as error:
@@ -64,19 +66,20 @@ def read_results() -> list[dict]:
     if not RESULTS.exists():
         return []
     with RESULTS.open(newline="") as file:
-        return list(csv.DictReader(file))
+        return [row for row in csv.DictReader(file) if row["source"] == source_hash()]
 
 
 def sweep(points) -> None:
     """Model the points that the results do not have yet; each is written at once."""
     rows = read_results()
-    done = {tuple(row[name] for name in COLUMNS[:3]) for row in rows}
+    done = {tuple(row[name] for name in COLUMNS[1:4]) for row in rows}
     with RESULTS.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         for point in tqdm([point for point in points if point not in done], unit="compile"):
-            writer.writerow(dict(zip(COLUMNS, point, strict=False)) | modelled(case_of(*point)))
+            named = dict(zip(COLUMNS, (source_hash(), *point), strict=False))
+            writer.writerow(named | modelled(case_of(*point)))
             file.flush()
 
 

@@ -5,7 +5,8 @@
     python -m torch_rpa.aot --chip v6e --heads 32/8/128 --layers 32 --json
 
 A model is a folder with a config.json, such a file, or a name in torch_rpa.workloads.MODELS; no weights are read.
-Exits with 0 if everything compiles without a copy and fits, otherwise with 1.
+Exits with 0 if everything fits and compiles, the op without a copy and a whole model without one of weights or cache,
+otherwise with 1.
 """
 
 import argparse
@@ -37,7 +38,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--max-context", type=_count, help=f"tokens of a sequence (default: {DEFAULT_CONTEXT}, or the model's limit)"
     )
     parser.add_argument("--kv-dtype", choices=KV_DTYPES, default="bfloat16", help="of the cache")
-    parser.add_argument("--num-chips", type=_count, help="that heads are shared over (default: 1)")
+    parser.add_argument("--num-chips", type=_count, help="that share the heads (default: 1, or what --model says)")
     parser.add_argument("--tune", action="store_true", help="try other block sizes, too: 8 more compiles at most")
     parser.add_argument("--whole-model", action="store_true", help="compile a step of the whole model: minutes")
     parser.add_argument("--json", action="store_true", help="print JSON")
