@@ -69,7 +69,7 @@ void run(const Problem& problem) {
   }
   clear_rows(problem, sequences.back().first_row + sequences.back().q_len, problem.num_tokens);
 
-  const std::vector<Wave> waves = plan(problem, sequences);
+  const std::vector<Wave> waves = plan(problem, sequences, at::get_num_threads());
   int64_t partial_floats = 0;
   for (const Wave& wave : waves) {
     partial_floats = std::max(partial_floats, wave.partial_floats);

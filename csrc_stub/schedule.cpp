@@ -10,13 +10,13 @@ namespace {
 constexpr int64_t kMatrixRows = 192;
 // Rows of all the heads of a tile. Decode takes all heads at once, and so reads whole tokens from end to end.
 constexpr int64_t kStateRows = 256;
-// A sequence with so many tiles has work for the cores without sharing out the pieces of a tile.
-constexpr int64_t kManyTiles = 16;
+// With so many tiles for each thread, a sequence has work for all without sharing out the pieces of a tile.
+constexpr int64_t kTilesPerThread = 4;
 // Keys of a piece: fewer are not worth the merge of one more result. But a power of two is cut into kPiecesOfPower at most
 // from there to the next, so that their number grows with the logarithm of the context.
 constexpr int64_t kPieceKeys = 512;
 constexpr int64_t kPiecesOfPower = 16;
-// Partial results in memory at once: 32 MiB.
+// Partial results in memory at once: 32 MiB, or those of one tile.
 constexpr int64_t kPartialFloatsPerWave = int64_t{8} << 20;
 
 int64_t divide_up(int64_t a, int64_t b) {
@@ -39,7 +39,7 @@ int64_t count_pieces(const Tile& tile) {
   return count;
 }
 
-std::vector<Tile> tiles_of(const Problem& problem, const Sequence& sequence) {
+std::vector<Tile> tiles_of(const Problem& problem, const Sequence& sequence, int64_t num_threads) {
   const int64_t group = problem.group();
   const int64_t tile_rows = std::min(sequence.q_len, std::max<int64_t>(1, kMatrixRows / group));
   const int64_t tile_heads =
@@ -60,7 +60,7 @@ std::vector<Tile> tiles_of(const Problem& problem, const Sequence& sequence) {
       tile.first_key = visible_keys(problem, tile.first_position, sequence.kv_len).first;
       tile.end_key = visible_keys(problem, tile.first_position + tile.num_rows - 1, sequence.kv_len).end;
       tile.end_key = std::max(tile.first_key, tile.end_key);
-      tile.num_items = num_tiles < kManyTiles ? count_pieces(tile) : 1;
+      tile.num_items = num_tiles < kTilesPerThread * num_threads ? count_pieces(tile) : 1;
       tiles.push_back(tile);
     }
   }
@@ -103,13 +103,13 @@ std::vector<Sequence> active_sequences(const Problem& problem) {
   return sequences;
 }
 
-std::vector<Wave> plan(const Problem& problem, const std::vector<Sequence>& sequences) {
+std::vector<Wave> plan(const Problem& problem, const std::vector<Sequence>& sequences, int64_t num_threads) {
   std::vector<Wave> waves(1);
   for (const Sequence& sequence : sequences) {
     if (sequence.q_len == 0) {
       continue;
     }
-    for (Tile tile : tiles_of(problem, sequence)) {
+    for (Tile tile : tiles_of(problem, sequence, num_threads)) {
       const int64_t item_floats = tile.state_rows(problem.group()) * (problem.head_dim + 2);
       const int64_t partial_floats = tile.num_items > 1 ? tile.num_items * item_floats : 0;
       if (waves.back().partial_floats + partial_floats > kPartialFloatsPerWave && !waves.back().tiles.empty()) {

@@ -6,8 +6,8 @@
 //   rows 4 .. 7   | piece 0  | piece 1  | piece 2  |    an item is a piece of a tile's keys, or the whole tile
 //
 // Each piece begins with an empty softmax, and pieces are merged in the order of their keys. Where they are cut depends
-// on the places of the keys alone: not on the sequence's length, the tile's rows, the batch or the threads. So a row is
-// the same bits whatever is computed beside it, and whether it is decoded or stands in a prompt.
+// on the places of the keys alone: not on the sequence's length, the tile's rows, the batch or the threads. So a row of
+// finite values is the same bits whatever is computed beside it, and whether it is decoded or stands in a prompt.
 
 #pragma once
 
@@ -82,6 +82,7 @@ std::vector<Sequence> active_sequences(const Problem& problem);
 int64_t most_matrix_rows(const Problem& problem);
 int64_t most_state_rows(const Problem& problem);
 
-std::vector<Wave> plan(const Problem& problem, const std::vector<Sequence>& sequences);
+// The work of a call for so many threads, on which no result depends.
+std::vector<Wave> plan(const Problem& problem, const std::vector<Sequence>& sequences, int64_t num_threads);
 
 }  // namespace torch_rpa

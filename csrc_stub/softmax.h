@@ -46,7 +46,7 @@ inline float exponentials(float* scores, int64_t n, float shift) {
     weight.store(scores + i);
     sum = sum + weight;
   }
-  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, sum);
+  return sum_lanes(sum);
 }
 
 inline void scale_row(float* row, int64_t n, float factor) {

@@ -32,6 +32,18 @@ inline void with_rows(int64_t num_rows, const Function& function) {
   }
 }
 
+// The sum of the lanes, by halves: the same bits if lanes are rotated, as where a block begins at another key.
+inline float sum_lanes(const Vec& vec) {
+  float lanes[kLanes];
+  vec.store(lanes);
+  for (int64_t count = kLanes / 2; count > 0; count /= 2) {
+    for (int64_t i = 0; i < count; ++i) {
+      lanes[i] += lanes[i + count];
+    }
+  }
+  return lanes[0];
+}
+
 // Lane i of the result is the sum of the lanes of sums[i]: vectors with kLanes / kVecs numbers left of each sum are
 // interleaved and halved until there is one.
 template <int kVecs>

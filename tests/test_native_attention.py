@@ -112,22 +112,29 @@ def test_a_row_alone_has_the_bits_that_it_has_among_many(dtype, head_dim):
 
 
 @pytest.mark.parametrize("kv_len", [600, 3000])
-@pytest.mark.parametrize("options", [{}, {"sliding_window": 700}, {"sinks": True, "soft_cap": 9.0}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"sliding_window": 20}, {"sliding_window": 128}, {"sliding_window": 700}, {"sinks": True, "soft_cap": 9.0}],
+    ids=str,
+)
 @pytest.mark.parametrize("heads", [(8, 2, 64), (9, 3, 64)], ids=str)
 def test_a_row_has_the_same_bits_however_many_rows_of_its_prompt_are_read_with_it(heads, options, kv_len):
     """As with a prompt of which some pages are shared, or with chunks of another size."""
     batch = make_batch(((kv_len, kv_len),), heads=heads, spare_rows=0, spare_seqs=0)
     if "sinks" in options:
         options = {**options, "sinks": torch.linspace(-1, 1, heads[0])}
-    results = []
-    for num_rows in (1, 8, 256, kv_len):
-        q_lens = torch.tensor([0, num_rows], dtype=torch.int32)
-        metadata = batch.kv_lens, batch.page_indices, q_lens, batch.num_seqs
-        read = torch.ops.rpa.ragged_paged_attention_with_lse(batch.q[-num_rows:], batch.kv_pages, *metadata, **options)
-        results.append([x[-1] for x in read])
-    for result in results[1:]:
-        for one, other in zip(results[0], result, strict=True):
-            assert torch.equal(one, other)
+
+    def read(first, end):
+        """Out and lse of these rows, in a call of their own."""
+        kv_lens, q_lens = torch.tensor([end], dtype=torch.int32), torch.tensor([0, end - first], dtype=torch.int32)
+        metadata = kv_lens, batch.page_indices, q_lens, batch.num_seqs
+        q = batch.q[first:end]
+        return torch.ops.rpa.ragged_paged_attention_with_lse(q, batch.kv_pages, *metadata, sm_scale=0.125, **options)
+
+    whole = read(0, kv_len)
+    for first, end in [(row, row + 1) for row in range(kv_len - 16, kv_len)] + [(kv_len - 8, kv_len), (300, 556)]:
+        for part, rows in zip(read(first, end), whole, strict=True):
+            assert torch.equal(part, rows[first:end])
 
 
 @pytest.mark.parametrize("kv_len", [16384, 20000, 40000])
@@ -266,6 +273,7 @@ def run_tests(*arguments, **env):
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_kernels_for_other_vector_units_pass_the_grids(capability):
     run_tests(*GRIDS[:2], "-k", SMALL, ATEN_CPU_CAPABILITY=capability)
+    run_tests(GRIDS[2], "-k", "same_bits or has_the_bits", ATEN_CPU_CAPABILITY=capability)
 
 
 @pytest.fixture(scope="module")
