@@ -62,7 +62,7 @@ def markdown(results: dict) -> str:
     lines = [f"| | {' | '.join(chips)} |", f"|---|{'---|' * len(chips)}"]
     for name in [name for name in workloads.MODELS if any(name == of for of, _ in results)]:
         cells = [_cell(results.get((name, chip))) for chip in chips]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {name.removesuffix('-on-8-chips')} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -137,7 +137,9 @@ def main():
     tpusim = import_tpusim(args.tools)
     if tpusim is None and args.kernels != ["ours"]:
         print(f"left out: the peers, which need tpusim; it is not in {args.tools}", file=sys.stderr)
-        args.kernels = ["ours"]
+        args.kernels = [kernel for kernel in args.kernels if kernel == "ours"]
+    if not args.kernels:
+        return
     columns = {}
     for chip, kernel in tqdm(list(itertools.product(args.chip, args.kernels)), unit="kernel"):
         for name, case in cases(kernel, chip, args).items():

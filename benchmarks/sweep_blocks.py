@@ -5,7 +5,7 @@
 
 One compile of a model's attention for a chip gives the time of decode (the geometric mean over the decode batches of
 ``workloads.py``) and of prefill (over the others), by ``torch_rpa.tpu_time``; nothing is measured. Results of other
-kernel sources than today's are dropped.
+sources than today's are dropped.
 """
 
 import argparse
@@ -18,12 +18,13 @@ from statistics import geometric_mean
 
 from tqdm import tqdm
 
-from benchmarks.compile_matrix import source_hash
+from benchmarks import compile_matrix
 from torch_rpa import tpu_time, workloads
 from torch_rpa.aot.op import OpCase, compile_report, kernel_config
 from torch_rpa.aot.times import scalars
 
 RESULTS = Path(__file__).with_suffix(".csv")
+SOURCES = (*compile_matrix.SOURCES, "aot/times.py", "tpu_time/*.py")
 CHIPS = ("v6e", "v5e")
 PAGE_SIZE = 128
 RULE = "rule"
@@ -66,19 +67,19 @@ def read_results() -> list[dict]:
     if not RESULTS.exists():
         return []
     with RESULTS.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if row["source"] == source_hash()]
+        return [row for row in csv.DictReader(file) if row["source"] == compile_matrix.source_hash(SOURCES)]
 
 
 def sweep(points) -> None:
     """Model the points that the results do not have yet; each is written at once."""
-    rows = read_results()
+    rows, source = read_results(), compile_matrix.source_hash(SOURCES)
     done = {tuple(row[name] for name in COLUMNS[1:4]) for row in rows}
     with RESULTS.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         for point in tqdm([point for point in points if point not in done], unit="compile"):
-            named = dict(zip(COLUMNS, (source_hash(), *point), strict=False))
+            named = dict(zip(COLUMNS, (source, *point), strict=False))
             writer.writerow(named | modelled(case_of(*point)))
             file.flush()
 

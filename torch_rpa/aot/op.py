@@ -180,7 +180,8 @@ def kernel_config(case: OpCase):
     q = jax.ShapeDtypeStruct((case.num_tokens, case.heads[0], case.heads[2]), case.dtype)
     table = jax.ShapeDtypeStruct((case.max_num_seqs, case.context // case.page_size), "int32")
     parts = {"with_lse": False, "with_sinks": case.sinks, "with_update": case.update}
-    return make_config(q, pages, table, AttentionOptions(**_options(case)), chip=case.chip, **parts)
+    options = AttentionOptions(**_options(case)).within(table.shape[1] * case.page_size)
+    return make_config(q, pages, table, options, chip=case.chip, **parts)
 
 
 def compile_op(case: OpCase):

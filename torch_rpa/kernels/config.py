@@ -288,22 +288,33 @@ class KernelConfig:
 
     @property
     def vmem_bytes(self) -> int:
-        """Bytes of VMEM that the scratch, the staged row blocks and the scores of a prefill step take."""
-        staged = 2 * 2 * _padded_bytes((self.block_rows, self.num_q_heads * self.head_dim), self.q_dtype)
-        staged += 2 * _padded_bytes((self.block_rows, self.num_q_heads), "float32") * self.with_lse
-        scratch = sum(_padded_bytes(shape, "float32") for shape in self.float32_scratch)
+        """Bytes of VMEM that the arrays take, and about what the compiler needs beside them."""
         scores = 2 * self.step_rows * self.span_blocks * self.block_keys  # of one head, and of the next
-        scratch += scores * (4 + jnp.dtype(self.compute_dtype).itemsize)
+        values = scores * (4 + jnp.dtype(self.compute_dtype).itemsize)
         if self.widens:  # keys and values that are widened together
             decode = self.group_items * self.block_keys * self.set_heads
             prefill = self.span_blocks * self.block_keys * self.prefill_heads(is_edge=False, is_first=False)
-            scratch += _padded_bytes((max(decode, prefill), 2 * self.head_dim), self.compute_dtype)
+            values += _padded_bytes((max(decode, prefill), 2 * self.head_dim), self.compute_dtype)
+        return self.array_bytes + values
+
+    @property
+    def array_bytes(self) -> int:
+        """Bytes of VMEM that the scratch and the staged row blocks take."""
+        staged = 2 * 2 * _padded_bytes((self.block_rows, self.num_q_heads * self.head_dim), self.q_dtype)
+        staged += 2 * _padded_bytes((self.block_rows, self.num_q_heads), "float32") * self.with_lse
+        scratch = sum(_padded_bytes(shape, "float32") for shape in self.float32_scratch)
         if self.with_update:
             staged += 4 * _padded_bytes((self.block_rows, self.num_kv_heads * self.head_dim), self.q_dtype)
             scratch += 2 * _padded_bytes(self.new_rows_shape, "float32")
             scratch += _padded_bytes(self.row_buffer_shape, self.kv_dtype) * self.puts_tokens
             scratch += _padded_bytes(self.token_rows_shape, "float32") * self.heads_form
         return staged + scratch + _padded_bytes(self.kv_buffer_shape, self.kv_dtype)
+
+    @property
+    def cannot_fit(self) -> bool:
+        """Whether VMEM is sure to be too small: for the blocks that the caller chose, or for the least ones."""
+        asked = self.options.num_queries_per_block or self.options.num_kv_pages_per_block
+        return (self.array_bytes if asked else self.vmem_bytes) > self.vmem_limit_bytes
 
     @property
     def vmem_problem(self) -> str:

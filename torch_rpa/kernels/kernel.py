@@ -64,7 +64,7 @@ def _call(q, k, v, kv_pages, metadata, sinks, options, with_lse, interpret, chip
         q, kv_pages, page_indices, options,
         with_lse=with_lse, with_sinks=sinks is not None, with_update=k is not None, chip=chip,
     )  # fmt: skip
-    if config.vmem_bytes > config.vmem_limit_bytes and not interpret:
+    if config.cannot_fit and not interpret:
         q = refuse_on_tpu(q, f"torch_rpa cannot run this call: {config.vmem_problem}")
     scalars = [kv_lens, page_indices.reshape(-1), cu_q_lens, num_seqs]
     scalars += [] if sinks is None else [sinks.astype(jnp.float32)]

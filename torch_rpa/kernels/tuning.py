@@ -34,7 +34,7 @@ _GROUP_ITEMS = 4
 _ROW_BATCHES = 16
 # VMEM that is the compiler's own, for values that do not fit into registers.
 _SPILLED_BYTES = 5 * 2**20
-# The least of each that is of use; others are whole multiples of it.
+# The least of each that is of use; halves are whole multiples of it.
 _LEAST = {"row_batches": 2, "num_slots": 4, "step_rows": 32, "block_rows": 16, "block_pages": 1, "group_items": 2}
 
 
