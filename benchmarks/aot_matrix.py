@@ -23,7 +23,7 @@ from torch_rpa.aot.plan import DEFAULT_CONTEXT, Plan
 
 RESULTS = Path(__file__).with_name("aot_matrix.jsonl")
 CHIPS = ("v4", "v5e", "v5p", "v6e")
-SOURCES = (*compile_matrix.SOURCES, "aot/plan.py", "aot/times.py", "tpu_time/*.py")
+SOURCES = (*compile_matrix.TIMED_SOURCES, "aot/plan.py")
 NUM_CHIPS = (1, 2, 4, 8, 16)
 
 

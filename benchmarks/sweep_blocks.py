@@ -18,13 +18,12 @@ from statistics import geometric_mean
 
 from tqdm import tqdm
 
-from benchmarks import compile_matrix
+from benchmarks.compile_matrix import TIMED_SOURCES, source_hash
 from torch_rpa import tpu_time, workloads
 from torch_rpa.aot.op import OpCase, compile_report, kernel_config
 from torch_rpa.aot.times import scalars
 
 RESULTS = Path(__file__).with_suffix(".csv")
-SOURCES = (*compile_matrix.SOURCES, "aot/times.py", "tpu_time/*.py")
 CHIPS = ("v6e", "v5e")
 PAGE_SIZE = 128
 RULE = "rule"
@@ -66,13 +65,14 @@ def _times(case: OpCase, kernel) -> dict[str, float]:
 def read_results() -> list[dict]:
     if not RESULTS.exists():
         return []
+    source = source_hash(TIMED_SOURCES)
     with RESULTS.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if row["source"] == compile_matrix.source_hash(SOURCES)]
+        return [row for row in csv.DictReader(file) if row["source"] == source]
 
 
 def sweep(points) -> None:
     """Model the points that the results do not have yet; each is written at once."""
-    rows, source = read_results(), compile_matrix.source_hash(SOURCES)
+    rows, source = read_results(), source_hash(TIMED_SOURCES)
     done = {tuple(row[name] for name in COLUMNS[1:4]) for row in rows}
     with RESULTS.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
