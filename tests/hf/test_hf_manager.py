@@ -15,7 +15,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import RequestStatus
 
 from torch_rpa import hf
-from torch_rpa.hf.state import engine_of
+from torch_rpa.hf.api.state import engine_of
 
 SETTINGS = {"page_size": 8, "num_pages": 24, "max_num_seqs": 4, "token_buckets": (4, 32)}
 
@@ -202,7 +202,7 @@ def test_unpatching_fails_the_requests_of_a_running_manager(model):
 
 
 def test_a_full_queue_says_so(model, monkeypatch):
-    monkeypatch.setattr("torch_rpa.hf.manager.QUEUE_TIMEOUT", 0.01)
+    monkeypatch.setattr("torch_rpa.hf.api.manager.QUEUE_TIMEOUT", 0.01)
     manager = model.init_continuous_batching(None, ContinuousBatchingConfig(max_queue_size=1))
     manager.add_request([1])
     with pytest.raises(queue.Full):

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from torch_rpa import hf
-from torch_rpa.hf.state import engine_of
+from torch_rpa.hf.api.state import engine_of
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def test_after_an_interruption_the_next_call_starts_afresh(model, error, monkeyp
 
 
 def test_an_error_in_the_progress_bar_frees_the_pages_too(model, monkeypatch):
-    import torch_rpa.hf.generate as module
+    import torch_rpa.hf.api.generate as module
 
     class BrokenBar(module.tqdm):
         def update(self, n=1):

@@ -10,10 +10,10 @@ from tiny_models import make_model
 
 from torch_rpa import aot_graph, bridge, hf, sharding
 from torch_rpa.aot import whole_model
-from torch_rpa.hf.batch import BatchLayout
-from torch_rpa.hf.cache import PagedKVCache
-from torch_rpa.hf.state import state_of
-from torch_rpa.hf.step import run_step
+from torch_rpa.hf.api.state import state_of
+from torch_rpa.hf.engine.batch import BatchLayout
+from torch_rpa.hf.engine.step import run_step
+from torch_rpa.hf.model.cache import PagedKVCache
 
 PAGE_SIZE, NUM_PAGES, TOKENS, SEQS, PAGES_PER_SEQ = 16, 32, 32, 4, 8
 ON_TPU = {"head_dim": 64, "num_key_value_heads": 4}

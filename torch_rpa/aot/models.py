@@ -91,9 +91,9 @@ def _config(name: str):
 
 
 def _layers(model) -> dict[LayerKind, int]:
-    from torch_rpa.hf.cache import kv_source_layers
-    from torch_rpa.hf.layers import attention_calls
-    from torch_rpa.hf.support import require_supported_architecture
+    from torch_rpa.hf.model.heads import kv_source_layers
+    from torch_rpa.hf.model.layers import attention_calls
+    from torch_rpa.hf.patching.support import require_supported_architecture
 
     require_supported_architecture(model)
     if model._can_set_experts_implementation():

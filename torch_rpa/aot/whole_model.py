@@ -99,10 +99,10 @@ def traced_step(config, chip, num_chips, *, num_pages, page_size, max_tokens, ma
 
     import torch_rpa.hf
     from torch_rpa import aot_graph, sharding
-    from torch_rpa.hf.batch import BatchLayout
-    from torch_rpa.hf.cache import PagedKVCache
-    from torch_rpa.hf.state import state_of
-    from torch_rpa.hf.step import run_step
+    from torch_rpa.hf.api.state import state_of
+    from torch_rpa.hf.engine.batch import BatchLayout
+    from torch_rpa.hf.engine.step import run_step
+    from torch_rpa.hf.model.cache import PagedKVCache
 
     mesh, kv_dtype = _mesh(num_chips), getattr(torch, kv_dtype)
     settings = {"page_size": page_size, "num_pages": num_pages, "max_num_seqs": max_seqs, "kv_dtype": kv_dtype}

@@ -8,13 +8,14 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from torch_rpa.hf import attention, class_patch, experts, keywords, tensor_parallel
-from torch_rpa.hf.config import EngineConfig
-from torch_rpa.hf.generate import generate_batch
-from torch_rpa.hf.manager import continuous_batching_context_manager, init_continuous_batching, warmup
-from torch_rpa.hf.padded_generate import generate
-from torch_rpa.hf.state import PatchState, attach, detach, is_patched, state_of
-from torch_rpa.hf.support import require_supported_model
+from torch_rpa.hf.api.generate import generate_batch
+from torch_rpa.hf.api.manager import continuous_batching_context_manager, init_continuous_batching, warmup
+from torch_rpa.hf.api.padded_generate import generate
+from torch_rpa.hf.api.state import PatchState, attach, detach, is_patched, state_of
+from torch_rpa.hf.engine.config import EngineConfig
+from torch_rpa.hf.model import attention, experts, tensor_parallel
+from torch_rpa.hf.patching import class_patch, keywords
+from torch_rpa.hf.patching.support import require_supported_model
 
 # What a patched model has instead of transformers' methods of these names; each takes the model first.
 METHODS = {

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from torch_rpa.hf.page_allocator import page_key
-from torch_rpa.hf.sampling import GREEDY, SampleRow, SamplingParams, TokenSet
-from torch_rpa.hf.stop_strings import StopStrings
+from torch_rpa.hf.engine.page_allocator import page_key
+from torch_rpa.hf.engine.sampling import GREEDY, SampleRow, SamplingParams, TokenSet
+from torch_rpa.hf.engine.stop_strings import StopStrings
 
 
 @dataclass(eq=False)

@@ -24,7 +24,7 @@ class EngineConfig:
     """Everything that fixes the shapes of a step; one XLA program exists for each token bucket.
 
     page_size       tokens in a page, a power of two from 8 to 256
-    num_pages       pages in the pool shared by all sequences, or None (see `cache.pool_pages`)
+    num_pages       pages in the pool shared by all sequences, or None (see `pool.pool_pages`)
     max_num_seqs    sequences that run at the same time
     max_seq_len     tokens of one sequence, its answer included, that the cache holds at most; None: the model's
                     max_position_embeddings. The page table has room for as many of each sequence, and stands in

@@ -7,11 +7,11 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
-from torch_rpa.hf.batching_config import batching_options
-from torch_rpa.hf.engine import Engine
-from torch_rpa.hf.generation_config import RequestParams, resolve
-from torch_rpa.hf.requests import Request, check_seed, output_of, refusal, request_seed, token_ids
-from torch_rpa.hf.state import exclusive_engine
+from torch_rpa.hf.api.batching_config import batching_options
+from torch_rpa.hf.api.generation_config import RequestParams, resolve
+from torch_rpa.hf.api.requests import Request, check_seed, output_of, refusal, request_seed, token_ids
+from torch_rpa.hf.api.state import exclusive_engine
+from torch_rpa.hf.engine.engine import Engine
 
 
 def generate_batch(

@@ -7,8 +7,8 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-from torch_rpa.hf.page_allocator import PageAllocator, pages_for
-from torch_rpa.hf.sequence import Sequence
+from torch_rpa.hf.engine.page_allocator import PageAllocator, pages_for
+from torch_rpa.hf.engine.sequence import Sequence
 
 
 @dataclass(frozen=True)

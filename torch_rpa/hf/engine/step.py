@@ -3,9 +3,9 @@
 import torch
 
 from torch_rpa import sharding
-from torch_rpa.hf.batch import BatchLayout
-from torch_rpa.hf.cache import PagedKVCache
-from torch_rpa.hf.sampling import sample, sample_greedy, unpack_sampling
+from torch_rpa.hf.engine.batch import BatchLayout
+from torch_rpa.hf.engine.sampling import sample, sample_greedy, unpack_sampling
+from torch_rpa.hf.model.cache import PagedKVCache
 
 
 def run_step(

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from torch_rpa.hf.sampling import GREEDY, SamplingParams
-from torch_rpa.hf.stop_strings import StopStrings
+from torch_rpa.hf.engine.sampling import GREEDY, SamplingParams
+from torch_rpa.hf.engine.stop_strings import StopStrings
 
 # Fields the engine honours.
 _HONOURED = {

@@ -4,9 +4,9 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from torch_rpa.hf.generation_config import RequestParams, resolve
-from torch_rpa.hf.requests import Request, refusal, request_seed
-from torch_rpa.hf.state import exclusive_engine
+from torch_rpa.hf.api.generation_config import RequestParams, resolve
+from torch_rpa.hf.api.requests import Request, refusal, request_seed
+from torch_rpa.hf.api.state import exclusive_engine
 
 
 def generate(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AttentionInterface
 
-from torch_rpa.hf.cache import PagedKVCache
+from torch_rpa.hf.model.cache import PagedKVCache
 
 NAME = "torch_rpa"
 

@@ -9,8 +9,8 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from torch_rpa.hf.config import EngineConfig
-from torch_rpa.hf.engine import Engine
+from torch_rpa.hf.engine.config import EngineConfig
+from torch_rpa.hf.engine.engine import Engine
 
 _ATTRIBUTE = "_torch_rpa"
 

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm.auto import tqdm
 
-from torch_rpa.hf.config import EngineConfig
-from torch_rpa.hf.page_allocator import PageAllocator, pages_for
-from torch_rpa.hf.runner import ModelRunner
-from torch_rpa.hf.sampling import GREEDY, SamplingParams
-from torch_rpa.hf.scheduler import Scheduler
-from torch_rpa.hf.sequence import Sequence
-from torch_rpa.hf.stop_strings import StopStrings
+from torch_rpa.hf.engine.config import EngineConfig
+from torch_rpa.hf.engine.page_allocator import PageAllocator, pages_for
+from torch_rpa.hf.engine.runner import ModelRunner
+from torch_rpa.hf.engine.sampling import GREEDY, SamplingParams
+from torch_rpa.hf.engine.scheduler import Scheduler
+from torch_rpa.hf.engine.sequence import Sequence
+from torch_rpa.hf.engine.stop_strings import StopStrings
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.integrations.tensor_parallel import replace_layer_number_by_wildcard
 
-from torch_rpa.hf.cache import num_kv_heads_of
+from torch_rpa.hf.model.heads import num_kv_heads_of
 from torch_rpa.sharding import HeadSharding, sharding_of
 
 logger = logging.getLogger(__name__)

@@ -7,14 +7,15 @@ import numpy as np
 import torch
 
 from torch_rpa import sharding
-from torch_rpa.hf import attention, linear, tensor_parallel
-from torch_rpa.hf.batch import BatchLayout
-from torch_rpa.hf.cache import PagedKVCache, pool_pages
-from torch_rpa.hf.config import EngineConfig
-from torch_rpa.hf.page_allocator import pages_for
-from torch_rpa.hf.sampling import UNDECIDED, SampleRow, pack_sampling, sample, unpack_sampling
-from torch_rpa.hf.scheduler import Chunk
-from torch_rpa.hf.step import run_step
+from torch_rpa.hf.engine.batch import BatchLayout
+from torch_rpa.hf.engine.config import EngineConfig
+from torch_rpa.hf.engine.page_allocator import pages_for
+from torch_rpa.hf.engine.pool import pool_pages
+from torch_rpa.hf.engine.sampling import UNDECIDED, SampleRow, pack_sampling, sample, unpack_sampling
+from torch_rpa.hf.engine.scheduler import Chunk
+from torch_rpa.hf.engine.step import run_step
+from torch_rpa.hf.model import attention, linear, tensor_parallel
+from torch_rpa.hf.model.cache import PagedKVCache
 
 
 class ModelRunner:
@@ -116,7 +117,7 @@ class ModelRunner:
 
     def _steps_on_xla(self):
         if self._xla_steps is None:
-            from torch_rpa.hf.xla_steps import XlaSteps  # imports torch_xla
+            from torch_rpa.hf.engine.xla_steps import XlaSteps  # imports torch_xla
 
             self._xla_steps = XlaSteps(self.model, self.config.xla_step)
         return self._xla_steps

@@ -8,8 +8,8 @@ from weakref import WeakSet
 
 from transformers import PreTrainedModel
 
-from torch_rpa.hf.state import is_patched
-from torch_rpa.hf.support import require_supported_class
+from torch_rpa.hf.api.state import is_patched
+from torch_rpa.hf.patching.support import require_supported_class
 
 _ATTRIBUTE = "_torch_rpa_class"
 

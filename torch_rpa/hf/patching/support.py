@@ -2,8 +2,8 @@
 
 from transformers import PreTrainedModel
 
-from torch_rpa.hf.cache import head_dim_of
-from torch_rpa.hf.config import FP8_DTYPES, EngineConfig
+from torch_rpa.hf.engine.config import FP8_DTYPES, EngineConfig
+from torch_rpa.hf.model.heads import head_dim_of
 from torch_rpa.validation import MAX_HEAD_DIM, is_head_dim
 
 # Each writes what its eager attention writes: a test compares them (tests/hf/test_hf_families.py), and the README lists

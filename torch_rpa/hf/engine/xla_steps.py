@@ -7,10 +7,10 @@ from functools import partial
 import torch
 
 from torch_rpa import bridge
-from torch_rpa.hf import linear
-from torch_rpa.hf.batch import BatchLayout
-from torch_rpa.hf.cache import PagedKVCache
-from torch_rpa.hf.step import run_step
+from torch_rpa.hf.engine.batch import BatchLayout
+from torch_rpa.hf.engine.step import run_step
+from torch_rpa.hf.model import linear
+from torch_rpa.hf.model.cache import PagedKVCache
 from torch_rpa.replay import Replay
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from torch_rpa.hf.attention import RaggedBatch
-from torch_rpa.hf.cache import PagedKVCache
-from torch_rpa.hf.scheduler import Chunk
+from torch_rpa.hf.engine.scheduler import Chunk
+from torch_rpa.hf.model.attention import RaggedBatch
+from torch_rpa.hf.model.cache import PagedKVCache
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
-from torch_rpa.hf.batching_config import BatchingOptions, batching_options
-from torch_rpa.hf.engine import Engine, EngineStats
-from torch_rpa.hf.generation_config import resolve
-from torch_rpa.hf.outbox import Outbox
-from torch_rpa.hf.requests import Request, check_seed, output_of, refusal, request_seed, token_ids
-from torch_rpa.hf.sequence import Sequence
-from torch_rpa.hf.state import engine_of, exclusive_engine, state_of
+from torch_rpa.hf.api.batching_config import BatchingOptions, batching_options
+from torch_rpa.hf.api.generation_config import resolve
+from torch_rpa.hf.api.outbox import Outbox
+from torch_rpa.hf.api.requests import Request, check_seed, output_of, refusal, request_seed, token_ids
+from torch_rpa.hf.api.state import engine_of, exclusive_engine, state_of
+from torch_rpa.hf.engine.engine import Engine, EngineStats
+from torch_rpa.hf.engine.sequence import Sequence
 
 logger = logging.getLogger(__name__)
 

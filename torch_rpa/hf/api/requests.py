@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
-from torch_rpa.hf.engine import Engine
-from torch_rpa.hf.generation_config import RequestParams
-from torch_rpa.hf.sequence import Sequence
+from torch_rpa.hf.api.generation_config import RequestParams
+from torch_rpa.hf.engine.engine import Engine
+from torch_rpa.hf.engine.sequence import Sequence
 
 
 @dataclass(frozen=True)
