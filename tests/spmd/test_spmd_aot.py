@@ -10,7 +10,7 @@ from tiny_models import make_model
 
 from torch_rpa import aot_graph, bridge, hf, sharding
 from torch_rpa.aot import whole_model
-from torch_rpa.hf.api.state import state_of
+from torch_rpa.hf.api.gate import gate_of
 from torch_rpa.hf.engine.batch import BatchLayout
 from torch_rpa.hf.engine.step import run_step
 from torch_rpa.hf.model.cache import PagedKVCache
@@ -23,7 +23,7 @@ def traced_with_weights(model, mesh):
     model = model.to("xla")
     model.tie_weights()  # which `to` undoes
     hf.patch(model, mesh=mesh, page_size=PAGE_SIZE)
-    with aot_graph.traced_for("v5e"), sharding.using(state_of(model).config.heads):
+    with aot_graph.traced_for("v5e"), sharding.using(gate_of(model).config.heads):
         cache = PagedKVCache(model, NUM_PAGES, PAGE_SIZE, torch.bfloat16)
         layout = BatchLayout(TOKENS, SEQS, PAGES_PER_SEQ)
         packed = torch.from_numpy(layout.pack([])).to("xla")

@@ -99,7 +99,7 @@ def traced_step(config, chip, num_chips, *, num_pages, page_size, max_tokens, ma
 
     import torch_rpa.hf
     from torch_rpa import aot_graph, sharding
-    from torch_rpa.hf.api.state import state_of
+    from torch_rpa.hf.api.gate import gate_of
     from torch_rpa.hf.engine.batch import BatchLayout
     from torch_rpa.hf.engine.step import run_step
     from torch_rpa.hf.model.cache import PagedKVCache
@@ -108,7 +108,7 @@ def traced_step(config, chip, num_chips, *, num_pages, page_size, max_tokens, ma
     settings = {"page_size": page_size, "num_pages": num_pages, "max_num_seqs": max_seqs, "kv_dtype": kv_dtype}
     with torch.no_grad(), aot_graph.traced_for(chip), aot_graph.without_memory() as shardings:
         model = torch_rpa.hf.patch(_without_memory(config), mesh=mesh, **settings)
-        with sharding.using(state_of(model).config.heads):
+        with sharding.using(gate_of(model).config.heads):
             kv_cache = PagedKVCache(model, num_pages, page_size, kv_dtype)
             layout = BatchLayout(max_tokens, max_seqs, pages_per_seq)
             tokens = run_step(model, layout, kv_cache, aot_graph.placeholder((sum(layout.sizes),), torch.int32))
