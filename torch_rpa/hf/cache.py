@@ -5,6 +5,7 @@ import logging
 import torch
 
 import torch_rpa
+from torch_rpa import bridges
 from torch_rpa.hf.config import EngineConfig
 from torch_rpa.hf.page_allocator import pages_for
 
@@ -101,8 +102,5 @@ def pool_pages(model, config: EngineConfig) -> int:
 
 
 def _free_bytes(device: torch.device) -> int | None:
-    if device.type != "xla":
-        return None
-    from torch_rpa import bridge
-
-    return bridge.free_memory_bytes(device)
+    bridge = bridges.of(device)
+    return None if bridge is None else bridge.free_memory_bytes(device)

@@ -6,12 +6,12 @@ from functools import partial
 
 import torch
 
-from torch_rpa import bridge
+from torch_rpa.bridges.torch_xla.bridge import BRIDGE as bridge
+from torch_rpa.bridges.torch_xla.replay import Replay
 from torch_rpa.hf import linear
 from torch_rpa.hf.batch import BatchLayout
 from torch_rpa.hf.cache import PagedKVCache
 from torch_rpa.hf.step import run_step
-from torch_rpa.replay import Replay
 
 
 class XlaSteps:
