@@ -175,9 +175,9 @@ def compilations(device: str) -> tuple[int, float]:
     """What XLA has compiled so far: programs, and seconds. Nothing for CPU tensors, which need no torch_xla."""
     if device == "cpu":
         return 0, 0.0
-    from torch_rpa import bridge
+    from torch_rpa import bridges
 
-    return bridge.compilations()
+    return bridges.of("xla").compilations()
 
 
 def _report(num_tokens: int, seconds: float, compiled: int, compile_seconds: float, device: str) -> None:

@@ -18,9 +18,9 @@ def model(xla):
 
 
 def compile_count() -> int:
-    from torch_rpa import bridge
+    from torch_rpa import bridges
 
-    return bridge.compilations()[0]
+    return bridges.of("xla").compilations()[0]
 
 
 def executions() -> int:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from torch_rpa import sharding
+from torch_rpa.bridges import Programs
 from torch_rpa.hf.engine.batch import BatchLayout
 from torch_rpa.hf.engine.config import EngineConfig
 from torch_rpa.hf.engine.page_allocator import pages_for
@@ -43,14 +44,14 @@ class ModelRunner:
         # The page table of one sequence holds the longest that may be asked for, or the whole pool.
         self.max_tokens_per_seq = min(config.longest(model.config), self.num_pages * config.page_size)
         self.pages_per_seq = pages_for(self.max_tokens_per_seq, config.page_size)
+        self._programs = Programs()
         self._cache: PagedKVCache | None = None
         self._steps: Steps | None = None  # made for the cache, and for the model as it stood then
-        self._former_compilations = 0
 
     @property
     def num_compilations(self) -> int:
         """Programs that its steps have compiled so far."""
-        return self._former_compilations + (0 if self._steps is None else self._steps.num_compilations)
+        return self._programs.count
 
     # ---- What is kept from step to step ---------------------------------------------------------------------------
 
@@ -58,7 +59,7 @@ class ModelRunner:
         """Compare the model with what the last step computed, once before each step: what that makes worthless."""
         if self._steps is not None and self._steps.snapshot.is_current():
             return Lost.NOTHING
-        self._forget_steps()
+        self._steps = None
         if self._cache is not None and self._cache.fits(self.model.device, self._kv_dtype):
             return Lost.PREFIXES
         self._cache = None
@@ -66,11 +67,7 @@ class ModelRunner:
 
     def drop_cache(self) -> None:
         """Let the pages go: after a failure they may hang on half of a traced step."""
-        self._forget_steps()
-        self._cache = None
-
-    def _forget_steps(self) -> None:
-        self._former_compilations, self._steps = self.num_compilations, None
+        self._steps = self._cache = None
 
     def _make_ready(self) -> None:
         """Make what `forget_outdated` or `drop_cache` have let go."""
@@ -81,7 +78,7 @@ class ModelRunner:
             tensor_parallel.shard(self.model, self.config.heads)
         if self._cache is None:
             self._cache = PagedKVCache(self.model, self.num_pages, self.config.page_size, self._kv_dtype)
-        self._steps = steps_for(ModelSnapshot(self.model), self.config)
+        self._steps = steps_for(ModelSnapshot(self.model), self.config, self._programs)
 
     def _require_our_attention(self) -> None:
         implementation = self.model.config._attn_implementation

@@ -5,6 +5,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from torch_rpa.bridges import Programs
 from torch_rpa.hf.engine.batch import BatchLayout
 from torch_rpa.hf.engine.config import EngineConfig
 from torch_rpa.hf.engine.snapshot import ModelSnapshot
@@ -14,13 +15,9 @@ from torch_rpa.hf.model.cache import PagedKVCache
 
 
 class Steps(Protocol):
-    """Runs steps on one snapshot of a model and one cache; its programs are kept from step to step.
-
-    num_compilations: programs that were compiled for it.
-    """
+    """Runs steps on one snapshot of a model and one cache; its programs are kept from step to step."""
 
     snapshot: ModelSnapshot
-    num_compilations: int
 
     def upload(self, array: np.ndarray) -> torch.Tensor:
         """The array on the model's device; nothing is pending on it."""
@@ -34,8 +31,6 @@ class Steps(Protocol):
 
 class EagerSteps:
     """Op by op, as on CPU tensors: nothing is compiled, and nothing is kept."""
-
-    num_compilations = 0
 
     def __init__(self, snapshot: ModelSnapshot) -> None:
         self.snapshot = snapshot
@@ -56,10 +51,10 @@ def compiles(device: torch.device) -> bool:
     return device.type == "xla"
 
 
-def steps_for(snapshot: ModelSnapshot, config: EngineConfig) -> Steps:
-    """The steps of the snapshot's device."""
+def steps_for(snapshot: ModelSnapshot, config: EngineConfig, programs: Programs) -> Steps:
+    """The steps of the snapshot's device; what they compile is counted in `programs`."""
     if not compiles(snapshot.device):
         return EagerSteps(snapshot)
     from torch_rpa.hf.engine.xla_steps import XlaSteps  # imports torch_xla
 
-    return XlaSteps(snapshot, config.xla_step)
+    return XlaSteps(snapshot, config.xla_step, programs)

@@ -1,20 +1,18 @@
 """The ways to run a step on an XLA device."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from types import FunctionType
 
 import numpy as np
 import torch
 
-from torch_rpa import bridge
-from torch_rpa.hf.engine.batch import BatchLayout
+from torch_rpa.bridges import ProgramEvicted, Programs
+from torch_rpa.bridges.torch_xla.bridge import BRIDGE as bridge
+from torch_rpa.bridges.torch_xla.replay import Replay
 from torch_rpa.hf.engine.snapshot import ModelSnapshot
 from torch_rpa.hf.engine.step import run_step
 from torch_rpa.hf.model import linear
-from torch_rpa.hf.model.cache import PagedKVCache
-from torch_rpa.replay import ProgramEvicted, Replay
 
 # A program can be evicted from PyTorch/XLA's cache again before it has run: by other code that compiles all the time.
 MAX_TRACES = 3
@@ -23,46 +21,35 @@ MAX_TRACES = 3
 class XlaSteps:
     """Runs `run_step` on an XLA device, in one of the ways of `EngineConfig.xla_step`; see `steps.Steps`."""
 
-    def __init__(self, snapshot: ModelSnapshot, way: str) -> None:
-        self.num_compilations = 0
-        self._way = {"replay": self._replay, "lazy": self._trace, "openxla": self._compiled}[way]
+    def __init__(self, snapshot: ModelSnapshot, way: str, programs: Programs) -> None:
         self.snapshot = snapshot
-        self._programs: dict[tuple, Replay | Callable] = {}
+        self.run = {"replay": self._replay, "lazy": self._trace, "openxla": self._compiled}[way]
+        self._programs = programs
+        self._kept: dict[tuple, Replay | Callable] = {}
 
     def upload(self, array: np.ndarray) -> torch.Tensor:
-        return bridge.upload(torch.from_numpy(array), self.snapshot.device)
-
-    def run(self, layout: BatchLayout, cache: PagedKVCache, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        with self._counting_compilations():
-            return self._way(layout, cache, inputs)
+        return bridge.upload(array, self.snapshot.device)
 
     def materialise(self, result: torch.Tensor) -> None:
-        with self._counting_compilations():
-            bridge.run_pending([result])
-
-    @contextmanager
-    def _counting_compilations(self) -> Iterator[None]:
-        before, _ = bridge.compilations()
-        yield
-        self.num_compilations += bridge.compilations()[0] - before
+        bridge.run_pending([result], self._programs)
 
     def _replay(self, layout, cache, inputs) -> list[torch.Tensor]:
         """Traced once for each layout, and again if PyTorch/XLA has evicted the program."""
         key = (layout, len(inputs))
         for _ in range(MAX_TRACES):
-            if key not in self._programs:
+            if key not in self._kept:
                 trace = partial(self._traced, layout, cache, inputs)
-                self._programs[key] = Replay(trace, inputs, cache.layers, self.snapshot.tensors)
+                self._kept[key] = Replay(trace, inputs, cache.layers, self.snapshot.tensors, self._programs)
             try:
-                return self._programs[key].run(inputs)
+                return self._kept[key].run(inputs)
             except ProgramEvicted as error:
-                del self._programs[key]
+                del self._kept[key]
                 evicted = error
         raise evicted
 
     def _trace(self, layout, cache, inputs) -> list[torch.Tensor]:
         results = self._traced(layout, cache, inputs)
-        bridge.run_pending([*cache.layers, *results])
+        bridge.run_pending([*cache.layers, *results], self._programs)
         return results
 
     def _traced(self, layout, cache, inputs) -> list[torch.Tensor]:
@@ -71,9 +58,10 @@ class XlaSteps:
 
     def _compiled(self, layout, cache, inputs) -> list[torch.Tensor]:
         key = (layout, len(inputs))
-        if key not in self._programs:
-            self._programs[key] = torch.compile(_with_code_of_its_own(run_step), backend="openxla", dynamic=False)
-        return self._programs[key](self.snapshot.model, layout, cache, *inputs)
+        if key not in self._kept:
+            self._kept[key] = torch.compile(_with_code_of_its_own(run_step), backend="openxla", dynamic=False)
+            self._programs.add(key)  # which hash is its own, PyTorch/XLA's backend does not tell
+        return self._kept[key](self.snapshot.model, layout, cache, *inputs)
 
 
 def _with_code_of_its_own(function: FunctionType) -> FunctionType:
