@@ -10,11 +10,10 @@ import sys
 import pytest
 
 from benchmarks import aot_matrix
-from torch_rpa import aot_graph, workloads
+from torch_rpa import aot_graph, chips, workloads
 from torch_rpa.aot import OpCase, Report, __main__, hbm_copies, models, times, whole_model
 from torch_rpa.aot import answer as answers
 from torch_rpa.aot.plan import Plan
-from torch_rpa.kernels import chips
 
 GOOD = Report(None, 7.0, vmem_bytes=30 * 2**20, smem_bytes=2**14, block_keys=256, block_rows=128)
 TIME = times.OpTime(100.0, 0.5)

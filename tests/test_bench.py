@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from torch_rpa import bench, workloads
-from torch_rpa.kernels.chips import CHIPS
+from torch_rpa.chips import CHIPS
 
 REPO = Path(__file__).resolve().parent.parent
 NOTEBOOK = json.loads((REPO / "examples" / "torch_rpa_on_tpu.ipynb").read_text())

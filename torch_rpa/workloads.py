@@ -109,7 +109,7 @@ def share_of_peak(batch, heads, seconds: float, chip, kv_itemsize: int = 2, wind
 
     Args:
         heads: (num_q_heads, num_kv_heads, head_dim).
-        chip: a ``torch_rpa.kernels.chips.Chip``.
+        chip: a ``torch_rpa.chips.Chip``.
     """
     if decodes_only(batch):
         return useful_bytes(batch, heads, kv_itemsize, window=window) / seconds / chip.hbm_bytes_per_s

@@ -19,7 +19,7 @@ from torch_rpa.aot import models, table
 from torch_rpa.aot.answer import Answer, answer, whole_model_answer
 from torch_rpa.aot.plan import DEFAULT_CONTEXT, KV_DTYPES, Plan
 from torch_rpa.aot.tune import Tried, tune
-from torch_rpa.kernels.chips import CHIPS
+from torch_rpa.chips import CHIPS
 
 
 def parse_args(argv=None) -> argparse.Namespace:

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-from torch_rpa import workloads
+from torch_rpa import chips, workloads
 from torch_rpa.aot.models import LayerKind, ModelFacts
 from torch_rpa.aot.op import OpCase
-from torch_rpa.kernels import chips
 from torch_rpa.validation import PAGE_SIZES, TPU_MAX_TABLE_BYTES, page_table_bytes, stored_kv_heads
 
 KV_DTYPES = ("bfloat16", "float8_e4m3fn", "float8_e5m2", "int8")
@@ -19,7 +18,7 @@ class Plan:
     """A model on ``num_chips`` chips, its heads shared out over them, and the sizes of its steps.
 
     Attributes:
-        chip: a name in ``torch_rpa.kernels.chips.CHIPS``.
+        chip: a name in ``torch_rpa.chips.CHIPS``.
         max_tokens: rows of a step.
         max_seqs: sequences at a time.
         max_context: tokens of one sequence.

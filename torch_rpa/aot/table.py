@@ -4,12 +4,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from torch_rpa import chips
 from torch_rpa.aot import times
 from torch_rpa.aot.answer import Answer, OpAnswer
 from torch_rpa.aot.plan import CACHE_SHARE, Plan
 from torch_rpa.aot.tune import Tried
 from torch_rpa.aot.whole_model import ModelReport
-from torch_rpa.kernels import chips
 from torch_rpa.validation import TPU_SMEM_BYTES
 
 _KIB, _MIB, _GIB = 2**10, 2**20, 2**30
