@@ -12,8 +12,24 @@ __all__ = []
 if find_spec("torch") is not None:
     from torch_rpa import sharding
     from torch_rpa.compilation_cache import use_compilation_cache
+    from torch_rpa.functional import (
+        ragged_paged_attention,
+        ragged_paged_attention_update,
+        ragged_paged_attention_update_,
+        ragged_paged_attention_with_lse,
+    )
     from torch_rpa.merge import merge_attention_states
     from torch_rpa.ops import check_batch
     from torch_rpa.pages import empty_kv_pages
 
-    __all__ += ["check_batch", "empty_kv_pages", "merge_attention_states", "sharding", "use_compilation_cache"]
+    __all__ += [
+        "check_batch",
+        "empty_kv_pages",
+        "merge_attention_states",
+        "ragged_paged_attention",
+        "ragged_paged_attention_update",
+        "ragged_paged_attention_update_",
+        "ragged_paged_attention_with_lse",
+        "sharding",
+        "use_compilation_cache",
+    ]
