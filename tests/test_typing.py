@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from tests.test_packaging import REPO, run
+from tests.processes import REPO, run
 
 USER_CODE = Path(__file__).with_name("user_code")
 
