@@ -33,9 +33,9 @@ def test_a_package_that_cannot_be_imported_says_why(monkeypatch):
         raise OSError("libtorch.so: undefined symbol\nand more")
 
     monkeypatch.setattr(importlib, "import_module", fail)
-    found = info.package("transformers")
+    found = info.package("torch")
     assert found.state.endswith("but its import fails: libtorch.so: undefined symbol")
-    assert found.mend == 'pip install "torch_rpa[hf]"'
+    assert found.mend == info.INSTALL_TORCH
 
 
 def test_a_missing_extension_comes_with_its_reason_and_how_to_build_it(monkeypatch):
