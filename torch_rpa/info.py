@@ -88,8 +88,9 @@ def cpu_tensors() -> tuple[str, str | None]:
 
 def xla_tensors() -> tuple[str, None]:
     """What stands behind device "xla", and what computes there."""
-    from torch_rpa import bridge
+    from torch_rpa import bridges
 
+    bridge = bridges.of("xla")
     if bridge.device_kind() == "tpu":
         return f"TPU {bridge.chip_name() or 'of a kind not known here'}, Pallas kernel", None
     return "PJRT CPU, plain XLA ops", None

@@ -15,7 +15,7 @@ from tiny_models import FAMILIES, make_config, make_model, make_prompts, plain_g
 from transformers import LlamaForCausalLM, MistralForCausalLM
 
 from torch_rpa import hf
-from torch_rpa.hf.api.state import engine_of
+from torch_rpa.hf.api.gate import engine_of
 
 
 def test_unpatch_restores_the_model():
@@ -258,8 +258,9 @@ def test_default_pool_is_logged(caplog):
 def call_with_batch(model, **kwargs):
     """One hand-made step over three tokens of one sequence."""
     from torch_rpa.hf.model.attention import RaggedBatch
+    from torch_rpa.hf.model.cache import PagedKVCache
 
-    cache = engine_of(model).runner._ready_cache()
+    cache = PagedKVCache(model, 4, 16, model.dtype)
     batch = RaggedBatch(
         cache=cache,
         kv_lens=torch.tensor([3], dtype=torch.int32),
