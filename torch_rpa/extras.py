@@ -1,7 +1,8 @@
-"""Packages that only some parts of torch_rpa need: an import of one that is missing says what to type."""
+"""Packages that only some parts of torch_rpa need: where one is missing, what to type."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 
 def install_command(extra: str) -> str:
@@ -19,5 +20,16 @@ def from_extra(extra: str, needed_for: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        message = f"{needed_for} needs {error.name}, which is not installed: {install_command(extra)}"
-        raise ModuleNotFoundError(message, name=error.name) from error
+        raise _missing(error.name, extra, needed_for) from error
+
+
+def require(*names: str, extra: str, needed_for: str) -> None:
+    """Raise what ``from_extra`` raises for the first of these packages that is not installed; imports none of them."""
+    for name in names:
+        if find_spec(name) is None:
+            raise _missing(name, extra, needed_for)
+
+
+def _missing(name: str | None, extra: str, needed_for: str) -> ModuleNotFoundError:
+    message = f"{needed_for} needs {name}, which is not installed: {install_command(extra)}"
+    return ModuleNotFoundError(message, name=name)

@@ -36,7 +36,7 @@ class Plan:
 
     def problems(self) -> list[str]:
         """What can be said to fail without compiling, each with the option to change; empty if nothing can."""
-        return [*self._heads_problems(), *self._size_problems()] or self._smem_problems()
+        return [*self._heads_problems(), *self._size_problems(), *self._weight_problems()] or self._smem_problems()
 
     def hbm_problem(self) -> str | None:
         """Why there is no room for one sequence in HBM, with the options to change; None if there is."""
@@ -73,6 +73,23 @@ class Plan:
     @property
     def cache_pages(self) -> int:
         return self.cache_tokens // self.page_size
+
+    @property
+    def patch_settings(self) -> dict[str, object] | None:
+        """The settings of ``torch_rpa.hf.patch`` that make the engine what is planned here; None if none do.
+
+        The mesh of several chips is left out, and the dtype of the cache is a name.
+        """
+        if self.model.config is None or self.kv_dtype == "int8":
+            return None
+        return {
+            "page_size": self.page_size,
+            "num_pages": self.cache_pages,
+            "max_num_seqs": self.max_seqs,
+            "max_seq_len": self.max_context,
+            "token_buckets": tuple(sorted({self.max_seqs, self.max_tokens})),
+            **({"kv_dtype": self.kv_dtype} if self.kv_dtype != DTYPE else {}),
+        }
 
     def heads_of_one_chip(self, kind: LayerKind) -> tuple[int, int, int]:
         """(num_q_heads, num_kv_heads, head_dim) that one chip computes; with more chips than KV heads each has one."""
@@ -135,6 +152,15 @@ class Plan:
         if longest is not None and self.max_context > longest:
             found.append(f"the model has positions for {longest} tokens only: lower --max-context {self.max_context}")
         return found
+
+    def _weight_problems(self) -> list[str]:
+        hbm, weights = chips.CHIPS[self.chip].hbm_bytes, self.weight_bytes or 0
+        if weights < hbm:
+            return []
+        return [
+            f"HBM: weights of {weights / 2**30:.1f} GiB do not fit in the {hbm / 2**30:.0f} GiB of a {self.chip}: "
+            f"raise --num-chips to {-(-weights * self.num_chips // hbm)} or more"
+        ]
 
     def _smem_problems(self) -> list[str]:
         table = page_table_bytes(self.max_seqs, self.pages_per_seq)
