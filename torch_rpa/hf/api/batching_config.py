@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from torch_rpa.hf._transformers import ContinuousBatchingConfig
 
 # What sets the same here.
 _SETTINGS_OF_PATCH = {

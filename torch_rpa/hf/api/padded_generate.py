@@ -2,8 +2,8 @@
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from torch_rpa.hf._transformers import GenerateDecoderOnlyOutput, prepare_generation_config
 from torch_rpa.hf.api.gate import gate_of
 from torch_rpa.hf.api.generation_config import RequestParams, resolve
 from torch_rpa.hf.api.requests import Request, refusal, request_seed
@@ -35,7 +35,7 @@ def generate(
     NotImplementedError for keywords and settings that the engine does not have.
     """
     ids = _two_dimensional(inputs, input_ids)
-    config, other = model._prepare_generation_config(generation_config, **generation_kwargs)
+    config, other = prepare_generation_config(model, generation_config, **generation_kwargs)
     unknown = [name for name, value in other.items() if value is not None and name != "synced_gpus"]
     if unknown:
         raise TypeError(f"generate of a model patched by torch_rpa.hf does not take {', '.join(unknown)}")
