@@ -148,7 +148,7 @@ def answer(engine, tokenizer, questions: list[str], prompts: list[list[int]], ma
             stop_token_ids=frozenset([tokenizer.eos_token_id]),
         )
     num_tokens = num_finished = 0
-    with _progress_bar() as bar:
+    with _progress_bar() as bar, engine.reporting(lambda program: bar.set_description_str(f"  compiling: {program}, ")):
         for event in engine.run():
             num_tokens += 1
             num_finished += event.is_finished
