@@ -30,7 +30,7 @@ def temporaries(implementation, module, config, num_rows: int) -> str:
     import jax
     import torch
 
-    from torch_rpa import aot_graph
+    from torch_rpa.aot import graph
 
     rows = torch.zeros(num_rows, config.hidden_size, dtype=torch.bfloat16)
     index = torch.zeros(num_rows, config.num_experts_per_tok, dtype=torch.int64)
@@ -38,7 +38,7 @@ def temporaries(implementation, module, config, num_rows: int) -> str:
     with torch.no_grad():
         out = implementation(module, rows.to("xla"), index.to("xla"), weights.to("xla"))
     try:
-        compiled = aot_graph.compile_program(aot_graph.traced_program([out]), TOPOLOGY)
+        compiled = graph.compile_program(graph.traced_program([out]), TOPOLOGY)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from torch_rpa import reference
+from torch_rpa import bridges, reference
 from torch_rpa.validation import dtype_name, tpu_reasons
 from torch_rpa.workloads import MODELS
 
@@ -199,11 +199,8 @@ def finish_step(device: torch.device) -> None:
 
 
 def is_tpu(device) -> bool:
-    if torch.device(device).type != "xla":
-        return False
-    from torch_rpa import bridge
-
-    return bridge.device_kind() == "tpu"
+    bridge = bridges.of(device)
+    return bridge is not None and bridge.device_kind() == "tpu"
 
 
 def bytes_of(x: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from benchmarks import aot_matrix
-from torch_rpa import aot_graph, workloads
-from torch_rpa.aot import OpCase, Report, __main__, hbm_copies, models, times, whole_model
+from torch_rpa import workloads
+from torch_rpa.aot import OpCase, Report, __main__, graph, hbm_copies, models, times, whole_model
 from torch_rpa.aot import answer as answers
 from torch_rpa.aot.plan import Plan
 from torch_rpa.kernels import chips
@@ -200,7 +200,7 @@ def test_what_crosses_chips_and_what_is_copied_is_read_from_the_compiled_program
   %copy.1 = f32[64]{0} copy(%x), backend_config={}
   %copy.2 = f32[]{:T(128)S(6)} copy(%y)
   %copy.3 = s32[64,64]{1,0} copy(%z)"""
-    assert aot_graph.collectives(text) == [("all-reduce", "bf16[512,4096]"), ("all-gather", "bf16[32,64]")]
+    assert graph.collectives(text) == [("all-reduce", "bf16[512,4096]"), ("all-gather", "bf16[32,64]")]
     assert hbm_copies(text) == ("bf16[4096,512]", "f32[64]")
 
 

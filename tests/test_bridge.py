@@ -25,9 +25,9 @@ def buffer_of(x):
 
 
 def compilations():
-    from torch_rpa import bridge
+    from torch_rpa import bridges
 
-    return bridge.compilations()[0]
+    return bridges.of("xla").compilations()[0]
 
 
 def random_batch(seed, dtype=torch.float32):
@@ -138,11 +138,11 @@ def test_many_threads_may_call_at_once(xla):
 
 
 def test_the_cache_of_computations_is_bounded(xla, monkeypatch):
-    from torch_rpa import bridge
+    from torch_rpa.bridges.torch_xla import lowering
 
-    assert bridge._computation.cache_info().maxsize == bridge._MAX_COMPUTATIONS
-    small = lru_cache(maxsize=2)(bridge._computation.__wrapped__)
-    monkeypatch.setattr(bridge, "_computation", small)
+    assert lowering._computation.cache_info().maxsize == lowering._MAX_COMPUTATIONS
+    small = lru_cache(maxsize=2)(lowering._computation.__wrapped__)
+    monkeypatch.setattr(lowering, "_computation", small)
     batch = make_batch()
     on_xla = batch.to(xla)
     for scale in (1.0, 0.5, 0.25, 1.0, 1.0):
@@ -211,7 +211,7 @@ def lower_a_pallas_kernel():
     import jax.numpy as jnp
     from jax.experimental import pallas as pl
 
-    from torch_rpa.bridge import lower_to_hlo
+    from torch_rpa import jax_names
 
     def double(x_ref, out_ref):
         out_ref[...] = x_ref[...] * 2
@@ -219,7 +219,8 @@ def lower_a_pallas_kernel():
     def call(x):
         return pl.pallas_call(double, out_shape=x)(x)
 
-    return lower_to_hlo(call, [jax.ShapeDtypeStruct((8, 128), jnp.float32)], "tpu")
+    lowered = jax_names.lower(call, [jax.ShapeDtypeStruct((8, 128), jnp.float32)], "tpu")
+    return lowered.compiler_ir("hlo").as_serialized_hlo_module_proto()
 
 
 @pytest.mark.parametrize("version", [None, *VERSIONS.values()], ids=["no_client", *VERSIONS])
@@ -230,13 +231,16 @@ def test_pallas_kernels_are_lowered_to_the_mosaic_version_that_the_pinned_libtpu
 
 
 def lower_the_update(batch, platform, kernel="auto"):
-    from torch_rpa import bridge
+    from torch_rpa.bridges.torch_xla import lowering
+    from torch_rpa.bridges.torch_xla.target import Target
     from torch_rpa.options import AttentionOptions
 
     names = ("q", "k", "v", "kv_pages", "kv_lens", "page_indices", "cu_q_lens", "num_seqs")
     specs = [(name, getattr(batch, name).shape, getattr(batch, name).dtype, "xla:0") for name in names]
     with tpu_vm():
-        return bridge._lower("ragged_paged_attention_update", specs, AttentionOptions(), platform, kernel)
+        return lowering.hlo_of(
+            "ragged_paged_attention_update", specs, AttentionOptions(), kernel, Target(platform, chip=None)
+        )
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
@@ -273,15 +277,16 @@ def test_under_spmd_the_hosts_accelerator_type_tells_the_chip(xla, monkeypatch, 
     """The virtual device has no kind, and the kernel's blocks are smaller on v4."""
     import torch_xla.runtime as xr
 
-    from torch_rpa import bridge
+    from torch_rpa import bridges
+    from torch_rpa.bridges.torch_xla import target
 
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.delenv("TPU_ACCELERATOR_TYPE", raising=False)
     if accelerator:
         monkeypatch.setenv("TPU_ACCELERATOR_TYPE", accelerator)
-    bridge._accelerator.cache_clear()
+    target._accelerator.cache_clear()
     with mock.patch.object(xr, "is_spmd", return_value=True), mock.patch.object(xr, "device_type", return_value="TPU"):
-        assert bridge.chip_name() == chip
-    bridge._accelerator.cache_clear()
+        assert bridges.of("xla").chip_name() == chip
+    target._accelerator.cache_clear()
     with mock.patch.object(xr, "is_spmd", return_value=True), mock.patch.object(xr, "device_type", return_value="CPU"):
-        assert bridge.chip_name() is None
+        assert bridges.of("xla").chip_name() is None

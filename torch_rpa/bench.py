@@ -116,8 +116,9 @@ def _share(setup: Setup, batch, microseconds: float, chip: str) -> str:
 
 def main():
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    from torch_rpa import bridge
+    from torch_rpa import bridges
 
+    bridge = bridges.of("xla")
     device_kind, chip = bridge.device_kind(), bridge.chip_name()
     if device_kind == "cpu":
         print("PJRT CPU: tiny sizes and plain XLA ops, to see that it runs; these times say nothing about a TPU")

@@ -17,10 +17,11 @@ def use_compilation_cache(folder: str | os.PathLike, *, readonly: bool = False) 
     Raises:
         RuntimeError: programs have been compiled already, or the call was made before.
     """
-    import torch_xla
     import torch_xla.runtime as xr
 
-    if "XLA_PERSISTENT_CACHE_PATH" in os.environ or torch_xla._XLAC._xla_computation_cache_is_initialized():
+    from torch_rpa.bridges.torch_xla.names import xla
+
+    if "XLA_PERSISTENT_CACHE_PATH" in os.environ or xla.is_compilation_cache_made():
         raise RuntimeError(
             "torch_rpa.use_compilation_cache must be called once, before the first program on the XLA device, and "
             "instead of setting XLA_PERSISTENT_CACHE_PATH"

@@ -105,7 +105,7 @@ def _describe(device: str) -> str:
 
 def _patch_and_answer(model, tokenizer, args: argparse.Namespace) -> None:
     from torch_rpa import hf
-    from torch_rpa.hf.api.state import engine_of
+    from torch_rpa.hf.api.gate import engine_of
 
     hf.patch(model, token_buckets=TOKEN_BUCKETS)
     engine = engine_of(model)
@@ -175,9 +175,9 @@ def compilations(device: str) -> tuple[int, float]:
     """What XLA has compiled so far: programs, and seconds. Nothing for CPU tensors, which need no torch_xla."""
     if device == "cpu":
         return 0, 0.0
-    from torch_rpa import bridge
+    from torch_rpa import bridges
 
-    return bridge.compilations()
+    return bridges.of("xla").compilations()
 
 
 def _report(num_tokens: int, seconds: float, compiled: int, compile_seconds: float, device: str) -> None:

@@ -16,7 +16,7 @@ from functools import lru_cache
 
 import torch
 
-from torch_rpa import cpu, guards, native
+from torch_rpa import bridges, cpu, guards, native
 from torch_rpa.metadata import check_metadata
 from torch_rpa.options import AttentionOptions
 from torch_rpa.validation import ArgSpec, check_static, dtype_name
@@ -167,12 +167,10 @@ def _cpu_attention_update(q, k, v, kv_pages, *metadata, **kwargs):
 
 
 def _call_xla(op, args, options):
-    from torch_rpa import bridge
-
     if _value_checks_asked():
         check_static(_specs(args), AttentionOptions(**options))
         _check_values(args, options.get("sliding_window"))
-    return bridge.call(op, args, options)
+    return bridges.of("xla").call(op, args, options)
 
 
 def _xla_attention(*tensors, **kwargs):

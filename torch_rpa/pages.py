@@ -8,7 +8,7 @@ A token's *slot* is ``page * page_size + offset``: its row when the pages are se
 
 import torch
 
-from torch_rpa import sharding
+from torch_rpa import bridges
 from torch_rpa.validation import (
     FLOAT_DTYPES,
     MAX_HEAD_DIM,
@@ -57,13 +57,12 @@ def empty_kv_pages(
     if dtype_name(dtype) not in FLOAT_DTYPES + QUANTIZED_DTYPES:
         raise TypeError(f"dtype must be one of {', '.join(FLOAT_DTYPES + QUANTIZED_DTYPES)}, got {dtype}")
     device = torch.device(device)
-    if device.type == "xla" and sharding.current() is not None:
-        num_kv_heads = sharding.current().stored_kv_heads(num_kv_heads)
+    bridge = bridges.of(device)
+    if bridge is None:
+        return torch.zeros((num_pages, page_size, 2 * num_kv_heads, head_dim), dtype=dtype, device=device)
+    if bridge.head_sharding() is not None:
+        num_kv_heads = bridge.head_sharding().stored_kv_heads(num_kv_heads)
     shape = (num_pages, page_size, 2 * num_kv_heads, head_dim)
-    if device.type != "xla":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    from torch_rpa import bridge
-
     flat_shape = (num_pages, page_size, 2 * num_kv_heads * head_dim)
     if bridge.device_kind() == "tpu" and not tpu_reasons((1, num_kv_heads, head_dim), flat_shape, dtype_name(dtype)):
         shape = flat_shape

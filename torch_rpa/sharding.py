@@ -79,7 +79,7 @@ def current() -> "HeadSharding | None":
 
 def sharding_of(tensor: torch.Tensor) -> str:
     """How a tensor is sharded, as PyTorch/XLA has it: "{devices=[4,1]0,1,2,3}", or "" if every chip has all of it."""
-    return _torch_xla()._get_xla_sharding_spec(tensor).replace("{replicated}", "")
+    return _spmd().sharding_of(tensor)
 
 
 def for_call(q: torch.Tensor) -> "HeadSharding | None":
@@ -139,12 +139,12 @@ class HeadSharding:
         """
         self._check_heads(args)
         parts = {name: self._repeat_heads(name, x, args) for name, x in args.items() if name != "kv_pages"}
-        parts = {name: _to_part(x, self.mesh, self.spec(name, x)) for name, x in parts.items()}
+        parts = {name: _spmd().to_part(x, self.mesh, self.spec(name, x)) for name, x in parts.items()}
         return {name: parts[name] if name in parts else self._pages_part(x) for name, x in args.items()}
 
     def whole(self, name: str, part: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """The result of ``shape`` that every chip has its own part of."""
-        return _to_whole(part, self.mesh, self.spec(name, part), shape)
+        return _spmd().to_whole(part, self.mesh, self.spec(name, part), shape)
 
     def mark(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The same tensor, with its data sharded as the op takes it."""
@@ -152,7 +152,7 @@ class HeadSharding:
 
     def mark_spec(self, tensor: torch.Tensor, spec: tuple) -> torch.Tensor:
         """The same tensor, with its data sharded: for each dimension the axis, or None."""
-        _torch_xla()._xla_mark_sharding(tensor, self.mesh.get_op_sharding(spec))
+        _spmd().mark(tensor, self.mesh, spec)
         return tensor
 
     def gathered(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -161,8 +161,8 @@ class HeadSharding:
         rows = (None,) * (tensor.dim() - 1)
         if tensor.shape[-1] % self.num_chips == 0:
             # Said first, or the partitioner would gather what the tensor is computed from, such as lm_head's weight.
-            tensor = _annotated(tensor, self.mesh, (*rows, self.axis))
-        return _annotated(tensor, self.mesh, (*rows, None))
+            tensor = _spmd().annotated(tensor, self.mesh, (*rows, self.axis))
+        return _spmd().annotated(tensor, self.mesh, (*rows, None))
 
     def _repeat_heads(self, name, tensor, args):
         """k and v with each head as often as it stands in the pages."""
@@ -184,8 +184,8 @@ class HeadSharding:
     def _pages_part(self, pages):
         """Every chip's own pages; their data is sharded already, or ValueError."""
         is_marked = bool(sharding_of(pages))
-        marked = pages if is_marked else _annotated(pages, self.mesh, (None,) * pages.dim())
-        part = _torch_xla()._spmd_full_to_shard_shape(marked)
+        marked = pages if is_marked else _spmd().annotated(pages, self.mesh, (None,) * pages.dim())
+        part = _spmd().part(marked)
         if part.shape != (*pages.shape[:2], pages.shape[2] // self.num_chips, *pages.shape[3:]):
             raise ValueError(
                 f"kv_pages must be sharded by head over {self.where}, or each of them would hold all of it; make it "
@@ -237,32 +237,16 @@ def attend_over_chips(
         raise ValueError(f"kv_pages has {kv_pages.shape[0]} pages, which {num_chips} chips cannot share evenly")
 
     def part(x, is_shared=False):
-        return _to_part(x, mesh, tuple(axis if is_shared and i == 0 else None for i in range(x.dim())))
+        return _spmd().to_part(x, mesh, tuple(axis if is_shared and i == 0 else None for i in range(x.dim())))
 
     lens, table, pages = (part(x, is_shared=True) for x in (kv_lens, page_indices, kv_pages))
     results = torch.ops.rpa.ragged_paged_attention_with_lse(
         part(q), pages, lens[0], table[0], part(cu_q_lens), part(num_seqs), causal=False, **options
     )
-    outs, lses = (_to_whole(x.unsqueeze(0), mesh, (axis, *[None] * x.dim()), (num_chips, *x.shape)) for x in results)
+    outs, lses = (
+        _spmd().to_whole(x.unsqueeze(0), mesh, (axis, *[None] * x.dim()), (num_chips, *x.shape)) for x in results
+    )
     return merge_attention_states(outs, lses)
-
-
-def _to_part(tensor, mesh, spec):
-    """Every chip's own part of a tensor, to be worked on chip by chip. The caller's tensor is not annotated."""
-    return _torch_xla()._spmd_full_to_shard_shape(_annotated(tensor, mesh, spec))
-
-
-def _annotated(tensor, mesh, spec):
-    """The same values, from here on sharded so in the graph."""
-    tensor = tensor.view(tensor.shape)
-    _torch_xla()._xla_annotate_custom_sharding(tensor, mesh.get_op_sharding(spec))
-    return tensor
-
-
-def _to_whole(part, mesh, spec, shape):
-    """The tensor of ``shape`` of which every chip has its own part."""
-    _torch_xla()._mark_manual_sharding(part, _manual())
-    return _torch_xla()._spmd_shard_to_full_shape(part, mesh.get_op_sharding(spec), shape, part.dtype)
 
 
 def _stored_heads(args) -> int:
@@ -270,14 +254,7 @@ def _stored_heads(args) -> int:
     return pages[0, 0].numel() // (2 * head_dim)
 
 
-def _torch_xla():
-    import torch_xla
+def _spmd():
+    from torch_rpa.bridges.torch_xla import spmd  # imports torch_xla
 
-    return torch_xla._XLAC
-
-
-def _manual():
-    import torch_xla
-    from torch_xla.distributed.spmd import ShardingType
-
-    return torch_xla._XLAC.OpSharding([], [], [], int(ShardingType.MANUAL))
+    return spmd

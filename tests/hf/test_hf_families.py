@@ -37,9 +37,9 @@ def patched_answers(model, prompts) -> list[list[int]]:
 def compile_count(device) -> int:
     if device.type != "xla":
         return 0
-    from torch_rpa import bridge
+    from torch_rpa import bridges
 
-    return bridge.compilations()[0]
+    return bridges.of("xla").compilations()[0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -15,7 +15,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import RequestStatus
 
 from torch_rpa import hf
-from torch_rpa.hf.api.state import engine_of
+from torch_rpa.hf.api.gate import engine_of
 
 SETTINGS = {"page_size": 8, "num_pages": 24, "max_num_seqs": 4, "token_buckets": (4, 32)}
 

@@ -15,7 +15,7 @@ from tiny_models import FAMILIES, make_config, make_model, make_prompts, plain_g
 from transformers import LlamaForCausalLM, MistralForCausalLM
 
 from torch_rpa import hf
-from torch_rpa.hf.api.state import engine_of
+from torch_rpa.hf.api.gate import engine_of
 
 
 def test_unpatch_restores_the_model():

@@ -14,7 +14,7 @@ from transformers import (
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from torch_rpa import hf
-from torch_rpa.hf.api.state import engine_of
+from torch_rpa.hf.api.gate import engine_of
 from torch_rpa.hf.engine.sampling import (
     GREEDY,
     UNDECIDED,

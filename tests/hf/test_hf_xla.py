@@ -6,7 +6,7 @@ from tiny_models import make_model, make_prompts, plain_greedy, tokens
 from transformers import GenerationConfig
 
 from torch_rpa import hf
-from torch_rpa.hf.api.state import engine_of
+from torch_rpa.hf.api.gate import engine_of
 
 SETTINGS = {"page_size": 8, "max_num_seqs": 4, "token_buckets": (4, 32)}
 
@@ -18,9 +18,9 @@ def model(xla):
 
 
 def compile_count() -> int:
-    from torch_rpa import bridge
+    from torch_rpa import bridges
 
-    return bridge.compilations()[0]
+    return bridges.of("xla").compilations()[0]
 
 
 def executions() -> int:

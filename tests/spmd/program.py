@@ -22,7 +22,8 @@ def trace(chip, num_chips, path, num_kv_heads):
     import torch_xla.runtime as xr
 
     import torch_rpa
-    from torch_rpa import aot_graph, bridge
+    from torch_rpa import bridges
+    from torch_rpa.aot import graph
 
     xr.use_spmd()
     torch.set_grad_enabled(False)
@@ -44,29 +45,30 @@ def trace(chip, num_chips, path, num_kv_heads):
         )
         return wq, wk, wv, zeros(NUM_Q_HEADS * HEAD_DIM, MODEL_DIM, partition=rows), pages
 
-    with aot_graph.traced_for(chip):
+    with graph.traced_for(chip):
         x, layers = zeros(TOKENS, MODEL_DIM), [layer() for _ in range(LAYERS)]
         shapes = (MAX_NUM_SEQS,), (MAX_NUM_SEQS, PAGES_PER_SEQ), (MAX_NUM_SEQS + 1,), (1,)
         metadata = [zeros(*shape, dtype=torch.int32) for shape in shapes]
-        bridge.run_pending([x, *metadata, *(w for weights in layers for w in weights)])
+        bridges.of("xla").run_pending([x, *metadata, *(w for weights in layers for w in weights)])
         for wq, wk, wv, wo, pages in layers:
             q, k, v = ((x @ w).view(TOKENS, -1, HEAD_DIM) for w in (wq, wk, wv))
             out = torch.ops.rpa.ragged_paged_attention_update_(q, k, v, pages, *metadata, sm_scale=HEAD_DIM**-0.5)
             x = x + out.view(TOKENS, -1) @ wo
         pages = [weights[-1] for weights in layers]
-        program = aot_graph.traced_program([*pages, x], updated=pages)
+        program = graph.traced_program([*pages, x], updated=pages)
     Path(path).write_text(json.dumps({"hlo": program.hlo, "updated": program.updated}))
 
 
 def compile_for(topology_name, path):
-    from torch_rpa import aot, aot_graph
+    from torch_rpa import aot
+    from torch_rpa.aot import graph
 
     os.environ.update(aot.environment())
     program = json.loads(Path(path).read_text())
-    compiled = aot_graph.compile_program(aot_graph.Program(program["hlo"], tuple(program["updated"])), topology_name)
+    compiled = graph.compile_program(graph.Program(program["hlo"], tuple(program["updated"])), topology_name)
     text, memory = compiled.hlo_modules()[0].to_string(), compiled.get_compiled_memory_stats()
     return {
-        "collectives": [kind for kind, _ in aot_graph.collectives(text)],
+        "collectives": [kind for kind, _ in graph.collectives(text)],
         "copies": aot.hbm_copies(text),
         "kernels": len(re.findall(r'custom_call_target="tpu_custom_call"', text)),
         "alias_bytes": memory.alias_size_in_bytes,

@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny_models import make_model
 
-from torch_rpa import aot_graph, bridge, hf, sharding
-from torch_rpa.aot import whole_model
-from torch_rpa.hf.api.state import state_of
+from torch_rpa import bridges, hf, sharding
+from torch_rpa.aot import graph, whole_model
+from torch_rpa.hf.api.gate import gate_of
 from torch_rpa.hf.engine.batch import BatchLayout
 from torch_rpa.hf.engine.step import run_step
 from torch_rpa.hf.model.cache import PagedKVCache
@@ -23,13 +23,13 @@ def traced_with_weights(model, mesh):
     model = model.to("xla")
     model.tie_weights()  # which `to` undoes
     hf.patch(model, mesh=mesh, page_size=PAGE_SIZE)
-    with aot_graph.traced_for("v5e"), sharding.using(state_of(model).config.heads):
+    with graph.traced_for("v5e"), sharding.using(gate_of(model).config.heads):
         cache = PagedKVCache(model, NUM_PAGES, PAGE_SIZE, torch.bfloat16)
         layout = BatchLayout(TOKENS, SEQS, PAGES_PER_SEQ)
         packed = torch.from_numpy(layout.pack([])).to("xla")
-        bridge.run_pending([packed, *model.parameters(), *model.buffers()])
+        bridges.of("xla").run_pending([packed, *model.parameters(), *model.buffers()])
         results = run_step(model, layout, cache, packed)
-        return aot_graph.traced_program([*cache.layers, *results], updated=cache.layers)
+        return graph.traced_program([*cache.layers, *results], updated=cache.layers)
 
 
 def traced_with_placeholders(config):

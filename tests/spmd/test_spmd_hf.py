@@ -14,8 +14,8 @@ from transformers import GenerationConfig, LlamaForCausalLM
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import torch_rpa
-from torch_rpa import bridge, hf
-from torch_rpa.hf.api.state import engine_of
+from torch_rpa import bridges, hf
+from torch_rpa.hf.api.gate import engine_of
 from torch_rpa.sharding import sharding_of
 
 SETTINGS = {"page_size": 8, "max_num_seqs": 4, "token_buckets": (4, 32)}
@@ -126,12 +126,12 @@ def test_sampled_tokens_and_log_probabilities_equal_one_device(mesh):
 def test_after_warm_up_nothing_is_compiled_whatever_comes(mesh, xla_step):
     model = sharded_model(mesh, settings={"xla_step": xla_step}, vocab_size=1200)
     model.warmup(progress_bar=False)
-    before = bridge.compilations()[0]
+    before = bridges.of("xla").compilations()[0]
     undecided = GenerationConfig(do_sample=True, temperature=90.0, top_k=0, top_p=0.999)  # by 1024 candidates
     for config in (None, GenerationConfig(do_sample=True, top_k=5, repetition_penalty=1.1), undecided):
         model.generate_batch(make_prompts(3, 50, 7, 120), config, max_new_tokens=6, min_new_tokens=2, eos_token_id=3)
     assert engine_of(model).stats.compilations_after_warm_up == 0
-    assert bridge.compilations()[0] == before
+    assert bridges.of("xla").compilations()[0] == before
 
 
 def test_generate_and_prefix_caching(mesh):

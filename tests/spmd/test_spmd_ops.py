@@ -11,7 +11,7 @@ import torch_xla.distributed.spmd as xs
 from batches import MIXED, assert_close, assert_matches_oracle, bytes_of, finish_step, make_batch
 
 import torch_rpa
-from torch_rpa import bridge
+from torch_rpa import bridges
 
 XLA = torch.device("xla")
 
@@ -92,9 +92,9 @@ def test_steps_with_other_lengths_do_not_compile_again(mesh):
         )
         on_chips = sharded(batch)
         out = on_chips.update(torch.ops.rpa.ragged_paged_attention_update_)
-        bridge.run_pending([on_chips.kv_pages, out])
+        bridges.of("xla").run_pending([on_chips.kv_pages, out])
         assert_matches_oracle(batch, out, update=True)
-        counts.append(bridge.compilations()[0])
+        counts.append(bridges.of("xla").compilations()[0])
     assert counts[0] == counts[1] == counts[2]
 
 

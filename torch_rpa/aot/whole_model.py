@@ -70,13 +70,13 @@ def model_report(plan: Plan) -> ModelReport:
 
 def report(config: dict, chip: str, num_chips: int, **sizes) -> ModelReport:
     """``model_report`` in this process, which needs its environment; raises what goes wrong."""
-    from torch_rpa import aot_graph
+    from torch_rpa.aot import graph
 
     start = time.perf_counter()
     program, cache_bytes = traced_step(config, chip, num_chips, **sizes)
-    compiled = aot_graph.compile_program(program, chips.named(chip).topology_of(num_chips), num_chips)
+    compiled = graph.compile_program(program, chips.named(chip).topology_of(num_chips), num_chips)
     text, memory = compiled.hlo_modules()[0].to_string(), compiled.get_compiled_memory_stats()
-    crossing = aot_graph.collectives(text)
+    crossing = graph.collectives(text)
     of_weights_or_pages = program.sharded_sizes() - {sizes["max_seqs"] * config["vocab_size"]}
     return ModelReport(
         error=None,
@@ -98,21 +98,22 @@ def traced_step(config, chip, num_chips, *, num_pages, page_size, max_tokens, ma
     import torch
 
     import torch_rpa.hf
-    from torch_rpa import aot_graph, sharding
-    from torch_rpa.hf.api.state import state_of
+    from torch_rpa import sharding
+    from torch_rpa.aot import graph
+    from torch_rpa.hf.api.gate import gate_of
     from torch_rpa.hf.engine.batch import BatchLayout
     from torch_rpa.hf.engine.step import run_step
     from torch_rpa.hf.model.cache import PagedKVCache
 
     mesh, kv_dtype = _mesh(num_chips), getattr(torch, kv_dtype)
     settings = {"page_size": page_size, "num_pages": num_pages, "max_num_seqs": max_seqs, "kv_dtype": kv_dtype}
-    with torch.no_grad(), aot_graph.traced_for(chip), aot_graph.without_memory() as shardings:
+    with torch.no_grad(), graph.traced_for(chip), graph.without_memory() as shardings:
         model = torch_rpa.hf.patch(_without_memory(config), mesh=mesh, **settings)
-        with sharding.using(state_of(model).config.heads):
+        with sharding.using(gate_of(model).config.heads):
             kv_cache = PagedKVCache(model, num_pages, page_size, kv_dtype)
             layout = BatchLayout(max_tokens, max_seqs, pages_per_seq)
-            tokens = run_step(model, layout, kv_cache, aot_graph.placeholder((sum(layout.sizes),), torch.int32))
-        program = aot_graph.traced_program([*kv_cache.layers, *tokens], kv_cache.layers, shardings)
+            tokens = run_step(model, layout, kv_cache, graph.placeholder((sum(layout.sizes),), torch.int32))
+        program = graph.traced_program([*kv_cache.layers, *tokens], kv_cache.layers, shardings)
     return program, sum(pages.nbytes for pages in kv_cache.layers)
 
 
@@ -138,8 +139,8 @@ def _without_memory(config: dict):
     from torch.nn import Parameter
     from transformers import AutoConfig
 
+    from torch_rpa.aot.graph import placeholder
     from torch_rpa.aot.models import meta_model
-    from torch_rpa.aot_graph import placeholder
 
     @cache  # so that modules that share a weight still do
     def weight(meta):

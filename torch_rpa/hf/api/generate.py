@@ -8,9 +8,9 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from torch_rpa.hf.api.batching_config import batching_options
+from torch_rpa.hf.api.gate import gate_of
 from torch_rpa.hf.api.generation_config import RequestParams, resolve
 from torch_rpa.hf.api.requests import Request, check_seed, output_of, refusal, request_seed, token_ids
-from torch_rpa.hf.api.state import exclusive_engine
 from torch_rpa.hf.engine.engine import Engine
 
 
@@ -59,7 +59,7 @@ def generate_batch(
     if not prompts:
         return {}
     params = resolve(model, generation_config, tokenizer, **generation_kwargs)
-    with exclusive_engine(model) as engine:
+    with gate_of(model).exclusive("generate_batch") as engine:
         _check(engine, prompts, params)
         if warmup and not engine.is_warm:
             engine.warm_up(progress_bar)

@@ -4,9 +4,9 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from torch_rpa.hf.api.gate import gate_of
 from torch_rpa.hf.api.generation_config import RequestParams, resolve
 from torch_rpa.hf.api.requests import Request, refusal, request_seed
-from torch_rpa.hf.api.state import exclusive_engine
 
 
 def generate(
@@ -86,7 +86,7 @@ def _prompts(
 def _answer(model: PreTrainedModel, prompts: list[list[int]], params: RequestParams) -> list[list[int]]:
     """num_return_sequences answers to each prompt, one prompt's after the other's."""
     seed = int(torch.randint(2**62, ())) if params.sampling.do_sample else None
-    with exclusive_engine(model) as engine:
+    with gate_of(model).exclusive("generate") as engine:
         problems = [f"row {row}: {reason}" for row, p in enumerate(prompts) if (reason := refusal(engine, p, params))]
         if problems:
             raise ValueError("generate: " + "; ".join(problems))

@@ -60,25 +60,25 @@ def request_seed(seed: int | None, index: int, copy: int = 0) -> list[int] | Non
     return [seed, index, copy] if copy else [seed, index]
 
 
-def output_of(sequence: Sequence, *, logprobs: bool, timestamps: bool, error: str | None = None) -> GenerationOutput:
-    """The sequence as it stands, as lists of its own."""
-    if error is not None:
-        status = RequestStatus.FAILED
-    elif sequence.is_finished:
-        status = RequestStatus.FINISHED
-    elif sequence.generated_tokens:
-        status = RequestStatus.DECODING
-    else:
-        status = RequestStatus.PENDING
+def output_of(
+    sequence: Sequence,
+    *,
+    status: RequestStatus = RequestStatus.FINISHED,
+    num_tokens: int | None = None,
+    error: str | None = None,
+    logprobs: bool = False,
+    timestamps: bool = False,
+) -> GenerationOutput:
+    """The sequence with its first num_tokens generated tokens (None: all), as lists of its own."""
     ended = sequence.timestamps[-1] if status == RequestStatus.FINISHED else -1
     return GenerationOutput(
         request_id=sequence.request_id,
         prompt_ids=list(sequence.prompt_ids),
-        generated_tokens=list(sequence.generated_tokens),
-        logprobs=list(sequence.logprobs) if logprobs else [],
+        generated_tokens=sequence.generated_tokens[:num_tokens],
+        logprobs=sequence.logprobs[:num_tokens] if logprobs else [],
         status=status,
         error=error,
         created_time=sequence.created_time,
         lifespan=(sequence.started_time, ended),
-        timestamps=list(sequence.timestamps) if timestamps else None,
+        timestamps=sequence.timestamps[:num_tokens] if timestamps else None,
     )

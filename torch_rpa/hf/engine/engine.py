@@ -1,27 +1,37 @@
 """Continuous batching: requests in, tokens out, one launch and one sync a step."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from torch_rpa.hf.engine.config import EngineConfig
 from torch_rpa.hf.engine.page_allocator import PageAllocator, pages_for
-from torch_rpa.hf.engine.runner import ModelRunner
-from torch_rpa.hf.engine.sampling import GREEDY, SamplingParams
-from torch_rpa.hf.engine.scheduler import Scheduler
+from torch_rpa.hf.engine.runner import Lost, ModelRunner
+from torch_rpa.hf.engine.sampling import GREEDY, SampleRow, SamplingParams
+from torch_rpa.hf.engine.scheduler import Chunk, Scheduler
 from torch_rpa.hf.engine.sequence import Sequence
 from torch_rpa.hf.engine.stop_strings import StopStrings
 
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
-class TokenEvent:
-    """`token` was generated for `sequence`; with is_finished it was the last one."""
+class StepEvent:
+    """What a step did for `sequence`: it generated `token`, or the request failed with `error`."""
 
     sequence: Sequence
-    token: int
-    is_finished: bool
+    token: int | None = None
+    error: Exception | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it is the last one for its sequence."""
+        return self.error is not None or self.sequence.is_finished
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,7 @@ class EngineStats:
     num_waiting: int
     num_finished: int
     num_cancelled: int
+    num_failed: int
     num_preemptions: int
     prefix_hit_rate: float
     num_free_pages: int
@@ -62,7 +73,8 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_step_tokens=config.max_step_tokens,
         )
-        self.num_steps = self._num_finished = self._num_cancelled = 0
+        self.num_steps = self._num_finished = self._num_cancelled = self._num_failed = 0
+        self.num_failed_steps = 0  # in a row
         self._compilations_at_warm_up: int | None = None
 
     @property
@@ -83,6 +95,7 @@ class Engine:
             num_waiting=len(self.scheduler.waiting),
             num_finished=self._num_finished,
             num_cancelled=self._num_cancelled,
+            num_failed=self._num_failed,
             num_preemptions=self.scheduler.stats.num_preemptions,
             prefix_hit_rate=self.scheduler.stats.prefix_hit_rate,
             num_free_pages=self.allocator.num_free,
@@ -93,7 +106,7 @@ class Engine:
 
     def warm_up(self, progress_bar: bool = True) -> None:
         """Run every program that serving can need once, so that XLA compiles nothing afterwards."""
-        self._check_model()
+        self._forget_outdated()
         with tqdm(total=self.runner.num_programs, desc="Warming up", unit="program", disable=not progress_bar) as bar:
             for name in self.runner.warm_up():
                 bar.set_postfix_str(name)
@@ -159,38 +172,77 @@ class Engine:
         self.scheduler.remove(sequence)
         self._num_cancelled += 1
 
-    def step(self) -> list[TokenEvent]:
-        """One launch over every running sequence; the tokens it gave (none for an unfinished prompt)."""
-        self._check_model()
+    def step(self) -> list[StepEvent]:
+        """One launch over every running sequence: what it did for each (nothing for an unfinished prompt).
+
+        What a request raises itself, such as its tokenizer, fails that request. What the launch raises fails those that
+        were in it, and the cache is made anew: the others are computed again, with the same tokens.
+        """
+        self._forget_outdated()
         chunks = self.scheduler.schedule()
         if not chunks:
             return []
-        results = self.runner.run(chunks)
+        rows, failed = self._each(chunks, lambda chunk: chunk.sequence.sample_row() if chunk.samples else SampleRow())
+        if not rows:
+            return failed
+        try:
+            results = self.runner.run(list(rows), list(rows.values()))
+        except Exception as error:
+            return failed + self._fail_step(rows, error)
         self.num_steps += 1
-        events = []
-        for chunk, (token, logprob) in zip(chunks, results, strict=True):
-            sequence, samples = chunk.sequence, chunk.samples
-            self.scheduler.advance(chunk)
-            if samples:
-                sequence.append(token, logprob)
-                events.append(TokenEvent(sequence, token, sequence.is_finished))
-                if sequence.is_finished:
-                    self.scheduler.remove(sequence)
-                    self._num_finished += 1
-        return events
+        self.num_failed_steps = 0
+        tokens = dict(zip(rows, results, strict=True))
+        events, failed_after = self._each(tokens, lambda chunk: self._take_in(chunk, *tokens[chunk]))
+        return [event for event in events.values() if event is not None] + failed + failed_after
 
-    def _check_model(self) -> None:
-        """The model may have been moved or changed since the last step: then what was kept of it is of no use."""
-        if self.runner.needs_new_cache:
+    def _each(self, chunks: Iterable[Chunk], work: Callable[[Chunk], T]) -> tuple[dict[Chunk, T], list[StepEvent]]:
+        """The work on each chunk by itself: its results, and an event for each request whose work raised."""
+        results, failed = {}, []
+        for chunk in chunks:
+            try:
+                results[chunk] = work(chunk)
+            except Exception as error:
+                failed.append(self._fail(chunk.sequence, error))
+        return results, failed
+
+    def _take_in(self, chunk: Chunk, token: int, logprob: float) -> StepEvent | None:
+        """The chunk has run."""
+        sequence = chunk.sequence
+        self.scheduler.advance(chunk)
+        if not chunk.samples:
+            return None
+        sequence.append(token, logprob)
+        if sequence.is_finished:
+            self.scheduler.remove(sequence)
+            self._num_finished += 1
+        return StepEvent(sequence, token)
+
+    def _fail(self, sequence: Sequence, error: Exception) -> StepEvent:
+        self.scheduler.remove(sequence)
+        self._num_failed += 1
+        return StepEvent(sequence, error=error)
+
+    def _fail_step(self, chunks: Iterable[Chunk], error: Exception) -> list[StepEvent]:
+        logger.error("a step failed, and its requests with it", exc_info=error)
+        self.runner.drop_cache()
+        self.num_failed_steps += 1
+        return [self._fail(chunk.sequence, error) for chunk in chunks]
+
+    def _forget_outdated(self) -> None:
+        lost = self.runner.forget_outdated()
+        if lost is Lost.PAGES:
             self.scheduler.restart()
-        if not self.scheduler.running:
-            self.runner.check_weights()
+        elif lost is Lost.PREFIXES:
+            self.forget_prefixes()
 
-    def run(self) -> Iterator[TokenEvent]:
-        """Step until nothing is left. After an exception, or if the caller stops early, what is left stays queued
-        until it is run again or dropped by `reset`; after an exception in a step only `reset` is safe."""
+    def run(self) -> Iterator[StepEvent]:
+        """Step until nothing is left, and raise the first error of a request. What is left then, or if the caller stops
+        early, stays queued until it is run again or dropped by `end_session`."""
         while self.has_work:
-            yield from self.step()
+            for event in self.step():
+                if event.error is not None:
+                    raise event.error
+                yield event
 
     def forget_prefixes(self) -> None:
         """Share no page that was filled up to now: needed after the model's weights have changed."""

@@ -4,6 +4,7 @@ import logging
 
 import torch
 
+from torch_rpa import bridges
 from torch_rpa.hf.engine.config import EngineConfig
 from torch_rpa.hf.engine.page_allocator import pages_for
 from torch_rpa.hf.model.heads import head_dim_of, kv_source_layers, num_kv_heads_of
@@ -47,8 +48,5 @@ def pool_pages(model, config: EngineConfig) -> int:
 
 
 def _free_bytes(device: torch.device) -> int | None:
-    if device.type != "xla":
-        return None
-    from torch_rpa import bridge
-
-    return bridge.free_memory_bytes(device)
+    bridge = bridges.of(device)
+    return None if bridge is None else bridge.free_memory_bytes(device)

@@ -1,21 +1,32 @@
-"""One step on the device: upload, model and sampling, one fetch."""
+"""One step on the device: prepare its arrays, execute it, fetch its tokens."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from enum import Enum
 
 import numpy as np
 import torch
 
 from torch_rpa import sharding
+from torch_rpa.bridges import Programs
 from torch_rpa.hf.engine.batch import BatchLayout
 from torch_rpa.hf.engine.config import EngineConfig
 from torch_rpa.hf.engine.page_allocator import pages_for
 from torch_rpa.hf.engine.pool import pool_pages
 from torch_rpa.hf.engine.sampling import UNDECIDED, SampleRow, pack_sampling, sample, unpack_sampling
 from torch_rpa.hf.engine.scheduler import Chunk
-from torch_rpa.hf.engine.step import run_step
-from torch_rpa.hf.model import attention, linear, tensor_parallel
+from torch_rpa.hf.engine.snapshot import ModelSnapshot
+from torch_rpa.hf.engine.steps import Steps, compiles, steps_for
+from torch_rpa.hf.model import attention, tensor_parallel
 from torch_rpa.hf.model.cache import PagedKVCache
+
+
+class Lost(Enum):
+    """What of former steps is of no use any more."""
+
+    NOTHING = 0
+    PREFIXES = 1  # the model is another one: pages that it would fill otherwise are not for new requests
+    PAGES = 2  # there is no cache, or none that this model could use
 
 
 class ModelRunner:
@@ -33,118 +44,43 @@ class ModelRunner:
         # The page table of one sequence holds the longest that may be asked for, or the whole pool.
         self.max_tokens_per_seq = min(config.longest(model.config), self.num_pages * config.page_size)
         self.pages_per_seq = pages_for(self.max_tokens_per_seq, config.page_size)
+        self._programs = Programs()
         self._cache: PagedKVCache | None = None
-        self._xla_steps = None
-        self._sharded_weights = [] if config.heads is None else tensor_parallel.shard(model, config.heads)
+        self._steps: Steps | None = None  # made for the cache, and for the model as it stood then
 
     @property
     def num_compilations(self) -> int:
-        """XLA programs that its steps have compiled so far."""
-        return 0 if self._xla_steps is None else self._xla_steps.num_compilations
+        """Programs that its steps have compiled so far."""
+        return self._programs.count
 
-    def run(self, chunks: list[Chunk]) -> list[tuple[int, float]]:
-        """Run the chunks; the token chosen after each one's last row and its log probability, in their order."""
-        num_tokens, num_seqs = sum(chunk.num_tokens for chunk in chunks), len(chunks)
-        if self._pads:
-            num_tokens, num_seqs = self.config.bucket_for(num_tokens), self.config.max_num_seqs
-        rows = [chunk.sequence.sample_row() if chunk.samples else SampleRow() for chunk in chunks]
-        samples = any(chunk.samples and chunk.sequence.needs_sampling for chunk in chunks)
-        return self._run(BatchLayout(num_tokens, num_seqs, self.pages_per_seq), chunks, rows if samples else None)
+    # ---- What is kept from step to step ---------------------------------------------------------------------------
 
-    def warm_up(self) -> Iterator[str]:
-        """Run every program once, without any sequence; gives the name of each one that comes next."""
-        if not self._pads:
-            return
-        for bucket in self.config.buckets:
-            for kind, rows in (("greedy", None), ("sampling", [])):
-                yield f"{bucket} tokens, {kind}"
-                self._run(BatchLayout(bucket, self.config.max_num_seqs, self.pages_per_seq), [], rows)
-        yield "sampling from the whole vocabulary"
-        logits = torch.zeros(self.config.max_num_seqs, self.model.config.vocab_size, dtype=self.model.dtype)
-        self._sample_again(logits.to(self.model.device), *self._upload_sampling(self.config.max_num_seqs, []))
-
-    @property
-    def num_programs(self) -> int:
-        """How many programs `warm_up` runs."""
-        return 2 * len(self.config.buckets) + 1 if self._pads else 0
-
-    @property
-    def _pads(self) -> bool:
-        return self.model.device.type == "xla" or self.config.token_buckets is not None
-
-    @property
-    def needs_new_cache(self) -> bool:
-        """Whether there is no cache yet, or the model's device or dtype has changed since it was made."""
-        if self._cache is None:
-            return True
-        pages = self._cache.layers[0]
-        return (pages.device, pages.dtype) != (self.model.device, self._kv_dtype)
-
-    def check_weights(self) -> None:
-        """Trace the model anew if it has other tensors than before, and shard those; to be called when nothing runs."""
-        has_others = self._xla_steps is not None and self._xla_steps.forget(unless_same_weights=True)
-        if self.config.heads is not None and (has_others or not tensor_parallel.are_sharded(self._sharded_weights)):
-            self._sharded_weights = tensor_parallel.shard(self.model, self.config.heads)
+    def forget_outdated(self) -> Lost:
+        """Compare the model with what the last step computed, once before each step: what that makes worthless."""
+        if self._steps is not None and self._steps.snapshot.is_current():
+            return Lost.NOTHING
+        self._steps = None
+        if self._cache is not None and self._cache.fits(self.model.device, self._kv_dtype):
+            return Lost.PREFIXES
+        self._cache = None
+        return Lost.PAGES
 
     def drop_cache(self) -> None:
         """Let the pages go: after a failure they may hang on half of a traced step."""
-        self._cache = None
-        if self._xla_steps is not None:
-            self._xla_steps.forget()
+        self._steps = self._cache = None
 
-    def _run(self, layout: BatchLayout, chunks: list[Chunk], rows: list[SampleRow] | None) -> list[tuple[int, float]]:
-        with nullcontext() if self.config.heads is None else sharding.using(self.config.heads):
-            return self._run_step(layout, chunks, rows)
+    def _make_ready(self) -> None:
+        """Make what `forget_outdated` or `drop_cache` have let go."""
+        if self._steps is not None:
+            return
+        self._require_our_attention()
+        if self.config.heads is not None:
+            tensor_parallel.shard(self.model, self.config.heads)
+        if self._cache is None:
+            self._cache = PagedKVCache(self.model, self.num_pages, self.config.page_size, self._kv_dtype)
+        self._steps = steps_for(ModelSnapshot(self.model), self.config, self._programs)
 
-    def _run_step(self, layout, chunks, rows):
-        self._check_attention()
-        cache = self._ready_cache()
-        inputs = [self._upload(layout.pack(chunks))]
-        if rows is not None:
-            inputs += self._upload_sampling(layout.max_num_seqs, rows)
-        with torch.no_grad():
-            result, *logits = self._execute(layout, cache, inputs)
-        tokens, logprobs = self._fetch(result)
-        if UNDECIDED in tokens:
-            tokens, logprobs = self._sample_again(*logits, *inputs[1:])
-        return list(zip(tokens, logprobs, strict=True))[: len(chunks)]
-
-    def _execute(self, layout: BatchLayout, cache: PagedKVCache, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        if self.model.device.type != "xla":
-            with linear.on_device(self.model.device):
-                return run_step(self.model, layout, cache, *inputs)
-        return self._steps_on_xla().run(layout, cache, inputs)
-
-    def _steps_on_xla(self):
-        if self._xla_steps is None:
-            from torch_rpa.hf.engine.xla_steps import XlaSteps  # imports torch_xla
-
-            self._xla_steps = XlaSteps(self.model, self.config.xla_step)
-        return self._xla_steps
-
-    @torch.no_grad()
-    def _sample_again(
-        self, logits: torch.Tensor, numbers: torch.Tensor, bitmaps: torch.Tensor
-    ) -> tuple[list[int], list[float]]:
-        """With the whole vocabulary as candidates: exact for any parameters, and rarely needed."""
-        vocab_size = logits.shape[-1]
-        result = sample(logits, unpack_sampling(numbers, bitmaps, vocab_size), vocab_size)
-        if result.device.type == "xla":
-            self._steps_on_xla().materialise(result)
-        return self._fetch(result)
-
-    @staticmethod
-    def _fetch(result: torch.Tensor) -> tuple[list[int], list[float]]:
-        tokens, logprobs = result.cpu()
-        return tokens.int().tolist(), logprobs.tolist()
-
-    def _upload(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.model.device)
-
-    def _upload_sampling(self, num_seqs: int, rows: list[SampleRow]) -> list[torch.Tensor]:
-        return [self._upload(array) for array in pack_sampling(rows, num_seqs, self.model.config.vocab_size)]
-
-    def _check_attention(self) -> None:
+    def _require_our_attention(self) -> None:
         implementation = self.model.config._attn_implementation
         if implementation != attention.NAME:
             raise RuntimeError(
@@ -156,9 +92,71 @@ class ModelRunner:
     def _kv_dtype(self) -> torch.dtype:
         return self.config.kv_dtype or self.model.dtype
 
-    def _ready_cache(self) -> PagedKVCache:
-        """The cache in the model's dtype, on its device; made at first use or when the model has changed since."""
-        if self.needs_new_cache:
-            self.drop_cache()  # free the old pages before new ones are made
-            self._cache = PagedKVCache(self.model, self.num_pages, self.config.page_size, self._kv_dtype)
-        return self._cache
+    # ---- One step -------------------------------------------------------------------------------------------------
+
+    def run(self, chunks: list[Chunk], rows: list[SampleRow]) -> list[tuple[int, float]]:
+        """Run the chunks, each with its row of sampling parameters; the token chosen after each one's last row and its
+        log probability, in their order."""
+        num_tokens, num_seqs = sum(chunk.num_tokens for chunk in chunks), len(chunks)
+        if self._pads:
+            num_tokens, num_seqs = self.config.bucket_for(num_tokens), self.config.max_num_seqs
+        layout = BatchLayout(num_tokens, num_seqs, self.pages_per_seq)
+        samples = any(chunk.samples and chunk.sequence.needs_sampling for chunk in chunks)
+        return self._run(layout, chunks, rows if samples else None)
+
+    def warm_up(self) -> Iterator[str]:
+        """Run every program once, without any sequence; gives the name of each one that comes next."""
+        if not self._pads:
+            return
+        for bucket in self.config.buckets:
+            for kind, rows in (("greedy", None), ("sampling", [])):
+                yield f"{bucket} tokens, {kind}"
+                self._run(BatchLayout(bucket, self.config.max_num_seqs, self.pages_per_seq), [], rows)
+        yield "sampling from the whole vocabulary"
+        logits = torch.zeros(self.config.max_num_seqs, self.model.config.vocab_size, dtype=self.model.dtype)
+        inputs = [self._steps.upload(array) for array in self._sampling_arrays(self.config.max_num_seqs, [])]
+        self._sample_again(logits.to(self.model.device), *inputs)
+
+    @property
+    def num_programs(self) -> int:
+        """How many programs `warm_up` runs."""
+        return 2 * len(self.config.buckets) + 1 if self._pads else 0
+
+    @property
+    def _pads(self) -> bool:
+        return compiles(self.model.device) or self.config.token_buckets is not None
+
+    def _run(self, layout: BatchLayout, chunks: list[Chunk], rows: list[SampleRow] | None) -> list[tuple[int, float]]:
+        with nullcontext() if self.config.heads is None else sharding.using(self.config.heads), torch.no_grad():
+            self._make_ready()
+            inputs = self._prepare(layout, chunks, rows)
+            result, *logits = self._steps.run(layout, self._cache, inputs)
+            tokens, logprobs = _fetch(result)
+            if UNDECIDED in tokens:
+                tokens, logprobs = self._sample_again(*logits, *inputs[1:])
+        return list(zip(tokens, logprobs, strict=True))[: len(chunks)]
+
+    def _prepare(self, layout: BatchLayout, chunks: list[Chunk], rows: list[SampleRow] | None) -> list[torch.Tensor]:
+        """The step's arrays on the device."""
+        arrays = [layout.pack(chunks)]
+        if rows is not None:
+            arrays += self._sampling_arrays(layout.max_num_seqs, rows)
+        return [self._steps.upload(array) for array in arrays]
+
+    def _sampling_arrays(self, num_seqs: int, rows: list[SampleRow]) -> tuple[np.ndarray, np.ndarray]:
+        return pack_sampling(rows, num_seqs, self.model.config.vocab_size)
+
+    def _sample_again(
+        self, logits: torch.Tensor, numbers: torch.Tensor, bitmaps: torch.Tensor
+    ) -> tuple[list[int], list[float]]:
+        """With the whole vocabulary as candidates: exact for any parameters, and rarely needed."""
+        vocab_size = logits.shape[-1]
+        result = sample(logits, unpack_sampling(numbers, bitmaps, vocab_size), vocab_size)
+        self._steps.materialise(result)
+        return _fetch(result)
+
+
+def _fetch(result: torch.Tensor) -> tuple[list[int], list[float]]:
+    """What `sample` gives, on the host: the step's one transfer back."""
+    tokens, logprobs = result.cpu()
+    return tokens.int().tolist(), logprobs.tolist()

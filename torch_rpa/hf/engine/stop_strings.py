@@ -9,7 +9,10 @@ _UNFINISHED_CHARACTER = "\ufffd"
 
 @dataclass(frozen=True)
 class StopStrings:
-    """Texts that end an answer, with the tokenizer that turns tokens into text. Raises ValueError for an empty one."""
+    """Texts that end an answer, with the tokenizer that turns tokens into text.
+
+    Raises ValueError for an empty text, TypeError for a tokenizer that cannot decode.
+    """
 
     strings: tuple[str, ...]
     tokenizer: PreTrainedTokenizerBase
@@ -17,6 +20,9 @@ class StopStrings:
     def __post_init__(self) -> None:
         if not self.strings or not all(isinstance(string, str) and string for string in self.strings):
             raise ValueError(f"stop_strings={list(self.strings)!r} must be texts of at least one character")
+
+        if not callable(getattr(self.tokenizer, "decode", None)):
+            raise TypeError(f"tokenizer must be a transformers tokenizer, got {type(self.tokenizer).__name__}")
 
     @property
     def num_tokens(self) -> int:

@@ -1,82 +1,70 @@
 """The ways to run a step on an XLA device."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
+from types import FunctionType
 
+import numpy as np
 import torch
 
-from torch_rpa import bridge
-from torch_rpa.hf.engine.batch import BatchLayout
+from torch_rpa.bridges import ProgramEvicted, Programs
+from torch_rpa.bridges.torch_xla.bridge import BRIDGE as bridge
+from torch_rpa.bridges.torch_xla.replay import Replay
+from torch_rpa.hf.engine.snapshot import ModelSnapshot
 from torch_rpa.hf.engine.step import run_step
 from torch_rpa.hf.model import linear
-from torch_rpa.hf.model.cache import PagedKVCache
-from torch_rpa.replay import Replay
+
+# A program can be evicted from PyTorch/XLA's cache again before it has run: by other code that compiles all the time.
+MAX_TRACES = 3
 
 
 class XlaSteps:
-    """Runs `run_step` on an XLA device, in one of the ways of `EngineConfig.xla_step`.
+    """Runs `run_step` on an XLA device, in one of the ways of `EngineConfig.xla_step`; see `steps.Steps`."""
 
-    num_compilations: XLA programs compiled here so far.
-    """
+    def __init__(self, snapshot: ModelSnapshot, way: str, programs: Programs) -> None:
+        self.snapshot = snapshot
+        self.run = {"replay": self._replay, "lazy": self._trace, "openxla": self._compiled}[way]
+        self._programs = programs
+        self._kept: dict[tuple, Replay | Callable] = {}
 
-    def __init__(self, model, way: str) -> None:
-        self.num_compilations = 0
-        self._function = partial(run_step, model)
-        self._model = model
-        self._way = {"replay": self._replay, "lazy": self._trace, "openxla": self._compiled}[way]
-        self._programs: dict[tuple, Replay] = {}
-        self._weights = self._weight_ids()
+    def upload(self, array: np.ndarray) -> torch.Tensor:
+        return bridge.upload(array, self.snapshot.device)
 
-    def run(self, layout: BatchLayout, cache: PagedKVCache, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        with self._counting_compilations():
-            return self._way(layout, cache, inputs)
-
-    def forget(self, *, unless_same_weights: bool = False) -> bool:
-        """Trace anew: the cache is another one, or (looked up on demand) the model has other tensors than before, which
-        is what comes back."""
-        former, self._weights = self._weights, self._weight_ids()
-        has_others = self._weights != former
-        if has_others or not unless_same_weights:
-            self._programs.clear()
-        return has_others
-
-    def _weight_ids(self) -> list[int]:
-        return [id(tensor) for tensor in _tensors(self._model)]
-
-    def materialise(self, tensor: torch.Tensor) -> None:
-        """Run what this tensor still needs."""
-        with self._counting_compilations():
-            bridge.run_pending([tensor])
-
-    @contextmanager
-    def _counting_compilations(self) -> Iterator[None]:
-        before, _ = bridge.compilations()
-        yield
-        self.num_compilations += bridge.compilations()[0] - before
+    def materialise(self, result: torch.Tensor) -> None:
+        bridge.run_pending([result], self._programs)
 
     def _replay(self, layout, cache, inputs) -> list[torch.Tensor]:
+        """Traced once for each layout, and again if PyTorch/XLA has evicted the program."""
         key = (layout, len(inputs))
-        if key not in self._programs:
-            trace = partial(self._traced, layout, cache, inputs)
-            self._programs[key] = Replay(trace, inputs, cache.layers, _tensors(self._model))
-        return self._programs[key].run(inputs)
+        for _ in range(MAX_TRACES):
+            if key not in self._kept:
+                trace = partial(self._traced, layout, cache, inputs)
+                self._kept[key] = Replay(trace, inputs, cache.layers, self.snapshot.tensors, self._programs)
+            try:
+                return self._kept[key].run(inputs)
+            except ProgramEvicted as error:
+                del self._kept[key]
+                evicted = error
+        raise evicted
 
     def _trace(self, layout, cache, inputs) -> list[torch.Tensor]:
         results = self._traced(layout, cache, inputs)
-        bridge.run_pending([*cache.layers, *results])
+        bridge.run_pending([*cache.layers, *results], self._programs)
         return results
 
     def _traced(self, layout, cache, inputs) -> list[torch.Tensor]:
-        with linear.on_device(self._model.device):
-            return self._function(layout, cache, *inputs)
+        with linear.on_device(self.snapshot.device):
+            return run_step(self.snapshot.model, layout, cache, *inputs)
 
     def _compiled(self, layout, cache, inputs) -> list[torch.Tensor]:
         key = (layout, len(inputs))
-        if key not in self._programs:
-            self._programs[key] = torch.compile(self._function, backend="openxla", dynamic=False)
-        return self._programs[key](layout, cache, *inputs)
+        if key not in self._kept:
+            self._kept[key] = torch.compile(_with_code_of_its_own(run_step), backend="openxla", dynamic=False)
+            self._programs.add(key)  # which hash is its own, PyTorch/XLA's backend does not tell
+        return self._kept[key](self.snapshot.model, layout, cache, *inputs)
 
 
-def _tensors(model) -> list[torch.Tensor]:
-    return [*model.parameters(), *model.buffers()]
+def _with_code_of_its_own(function: FunctionType) -> FunctionType:
+    """Dynamo counts recompilations by code object, and gives up after 8: more token buckets would never be compiled."""
+    code = function.__code__.replace()
+    return FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)

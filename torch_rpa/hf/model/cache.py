@@ -31,6 +31,10 @@ class PagedKVCache:
             for _ in owners
         ]
 
+    def fits(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether a model on this device, with pages of this dtype, can go on with it."""
+        return (self.layers[0].device, self.layers[0].dtype) == (device, dtype)
+
     def layer_pages(self, layer_idx: int) -> torch.Tensor:
         """The pages that attention layer `layer_idx` reads."""
         return self.layers[self._arrays[self._sources[layer_idx]]]

@@ -7,18 +7,16 @@ import torch
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
-from torch_rpa import native
+from torch_rpa import bridges, native
 
 
 def on_device(device: torch.device) -> AbstractContextManager:
     """Inside it linear layers on this device are computed, or traced, in the form that suits what stands behind it."""
     if device.type == "cpu" and native.is_available():
         return _Linear(_native)
-    if device.type == "xla":
-        from torch_rpa import bridge  # imports torch_xla
-
-        if bridge.device_kind() == "cpu":
-            return _Linear(_weight_first)
+    bridge = bridges.of(device)
+    if bridge is not None and bridge.device_kind() == "cpu":
+        return _Linear(_weight_first)
     return nullcontext()
 
 

@@ -8,7 +8,8 @@ from weakref import WeakSet
 
 from transformers import PreTrainedModel
 
-from torch_rpa.hf.api.state import is_patched
+from torch_rpa.hf.api.gate import gate_of
+from torch_rpa.hf.patching.state import is_patched
 from torch_rpa.hf.patching.support import require_supported_class
 
 _ATTRIBUTE = "_torch_rpa_class"
@@ -40,12 +41,15 @@ def unpatch_class(model_class: type, methods: dict[str, Callable], unpatch_model
     state = vars(model_class).get(_ATTRIBUTE)
     if state is None:
         return
+    models = list(state.models)
+    for model in models:
+        gate_of(model).require_no_session("unpatch")
     delattr(model_class, _ATTRIBUTE)
     for name in methods:
         delattr(model_class, name)
         if name in state.former_methods:
             setattr(model_class, name, state.former_methods[name])
-    for model in list(state.models):
+    for model in models:
         unpatch_model(model)
 
 

@@ -8,13 +8,14 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from torch_rpa.hf.api.gate import gate_of
 from torch_rpa.hf.api.generate import generate_batch
 from torch_rpa.hf.api.manager import continuous_batching_context_manager, init_continuous_batching, warmup
 from torch_rpa.hf.api.padded_generate import generate
-from torch_rpa.hf.api.state import PatchState, attach, detach, is_patched, state_of
 from torch_rpa.hf.engine.config import EngineConfig
 from torch_rpa.hf.model import attention, experts, tensor_parallel
 from torch_rpa.hf.patching import class_patch, keywords
+from torch_rpa.hf.patching.state import PatchState, attach, detach, is_patched
 from torch_rpa.hf.patching.support import require_supported_model
 
 # What a patched model has instead of transformers' methods of these names; each takes the model first.
@@ -36,8 +37,9 @@ def patch(model: PreTrainedModel | type[PreTrainedModel], **settings) -> PreTrai
     settings. Each model of a patched class is patched when one of the new methods is first called on it.
 
     Raises NotImplementedError, with every reason, for a model that cannot be served; ValueError for a bad
-    setting, or heads that the chips of a mesh cannot share; RuntimeError for a mesh without SPMD; TypeError for a
-    setting that does not exist or something that is no model. Nothing has been changed then.
+    setting, or heads that the chips of a mesh cannot share; RuntimeError for a mesh without SPMD, or while a manager
+    runs on the model; TypeError for a setting that does not exist or something that is no model. Nothing has been
+    changed then.
     """
     config = EngineConfig(**settings)
     if isinstance(model, type) and issubclass(model, PreTrainedModel):
@@ -48,7 +50,7 @@ def patch(model: PreTrainedModel | type[PreTrainedModel], **settings) -> PreTrai
         raise TypeError(f"torch_rpa.hf.patch: model must be a transformers model or a class of them, got {model!r}")
     require_supported_model(model, config)
     if config.heads is not None:
-        is_ours = is_patched(model) and state_of(model).config.heads is not None
+        is_ours = is_patched(model) and gate_of(model).config.heads is not None
         tensor_parallel.require_shardable(model, config.heads, is_ours=is_ours)
     unpatch(model)
     former_configs = _give_own_config(model)
@@ -58,7 +60,7 @@ def patch(model: PreTrainedModel | type[PreTrainedModel], **settings) -> PreTrai
         _restore_configs(former_configs)
         raise
     former_methods = {name: model.__dict__[name] for name in METHODS if name in model.__dict__}
-    attach(model, PatchState(config, former_configs, former_methods, _add_hooks(model)))
+    attach(model, PatchState(former_configs, former_methods, _add_hooks(model)), config)
     for name, method in METHODS.items():
         model.__dict__[name] = _bound(method, model)
     if config.heads is not None:
@@ -71,13 +73,15 @@ def unpatch(model: PreTrainedModel | type[PreTrainedModel]) -> PreTrainedModel |
     stays as it is.
 
     Waits for a generate_batch of another thread to end. A class takes the models with it that were patched for it.
+    RuntimeError while a manager runs on the model, or inside its `pause`; nothing has been changed then.
     """
     if isinstance(model, type):
         class_patch.unpatch_class(model, METHODS, unpatch)
         return model
     if not is_patched(model):
         return model
-    with state_of(model).lock:
+    with gate_of(model).hold("unpatch"):
+        is_sharded = gate_of(model).config.heads is not None
         state = detach(model)
         _restore_configs(state.former_configs)
         for hook in state.hooks:
@@ -85,7 +89,7 @@ def unpatch(model: PreTrainedModel | type[PreTrainedModel]) -> PreTrainedModel |
         for name in METHODS:
             del model.__dict__[name]
         model.__dict__.update(state.former_methods)
-        if state.config.heads is not None:
+        if is_sharded:
             tensor_parallel.unshard(model)
     return model
 

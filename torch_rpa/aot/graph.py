@@ -1,29 +1,31 @@
 """A whole lazy graph of PyTorch/XLA compiled for a named TPU, without one: what stands around the ops in a model.
 
-    with aot_graph.traced_for("v6e"):          the ops are lowered to their TPU kernel, whatever the device
+    with graph.traced_for("v6e"):              the ops are lowered to their TPU kernel, whatever the device
         pages = torch_rpa.empty_kv_pages(...)  the form of pages that a TPU gets
         out = model(...)                       traced, never run
-        program = aot_graph.traced_program([pages, out], updated=[pages])
-    aot_graph.compile_program(program, "v6e:2x4")
+        program = graph.traced_program([pages, out], updated=[pages])
+    graph.compile_program(program, "v6e:2x4")
 
 PyTorch/XLA traces on whatever device the process has; a graph for several chips needs as many devices there
 (``CPU_NUM_DEVICES=8``) and SPMD. Compiling may be done in another process: a program is text and integers.
 
 What is too large for this host is traced with placeholders, which have a shape and no memory:
 
-    with aot_graph.traced_for("v6e"), aot_graph.without_memory() as shardings:
+    with graph.traced_for("v6e"), graph.without_memory() as shardings:
         ...
-        program = aot_graph.traced_program([pages, out], updated=[pages], shardings=shardings)
+        program = graph.traced_program([pages, out], updated=[pages], shardings=shardings)
 """
 
 import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
-from unittest import mock
+
+from torch_rpa import sharding
+from torch_rpa.jax_names import jax_names
 
 __all__ = [
     "Collective",
@@ -79,19 +81,12 @@ def _num_elements(shape: str) -> int:
 
 
 @contextmanager
-def traced_for(chip: str):
+def traced_for(chip: str) -> Iterator[None]:
     """Lower the ops for a TPU ("v6e") and not for the device that is there. What is traced here cannot be run."""
-    from torch_rpa import bridge
+    from torch_rpa.bridges.torch_xla import target
 
-    with (
-        mock.patch.object(bridge, "device_kind", return_value="tpu"),
-        mock.patch.object(bridge, "chip_name", return_value=chip),
-    ):
-        bridge.forget_computations()
-        try:
-            yield
-        finally:
-            bridge.forget_computations()
+    with target.using(replace(target.current(), platform="tpu", chip=chip)):
+        yield
 
 
 def placeholder(shape, dtype):
@@ -101,32 +96,36 @@ def placeholder(shape, dtype):
     return create_placeholder_tensor(tuple(shape), dtype)
 
 
+class _Placeholders:
+    """A ``target.Memory`` that is none: placeholders have no data to be moved, so they are sharded in the graph alone.
+
+    shardings: by tensor, those so far, which the graph's parameters do not have.
+    """
+
+    def __init__(self) -> None:
+        self.shardings: dict[int, str] = {}
+
+    def zeros(self, shape, dtype, device):
+        return placeholder(shape, dtype)
+
+    def mark(self, tensor, op_sharding):
+        from torch_rpa.bridges.torch_xla.names import xla
+
+        xla.annotate_sharding(tensor, op_sharding)
+        self.shardings[xla.tensor_id(tensor)] = sharding.sharding_of(tensor)
+
+    def finish(self, pages):
+        pass
+
+
 @contextmanager
 def without_memory() -> Iterator[dict[int, str]]:
-    """Make pages as placeholders, and shard placeholders, which have no data to be moved, in the graph alone.
+    """Make pages as placeholders, and shard placeholders; gives the shardings so far, for ``traced_program``."""
+    from torch_rpa.bridges.torch_xla import target
 
-    Gives, by tensor, the shardings so far, for ``traced_program``: the graph's parameters do not have them.
-    """
-    import torch_xla
-
-    from torch_rpa import bridge, sharding
-
-    shardings = {}
-
-    def mark_spec(heads, tensor, spec):
-        torch_xla._XLAC._xla_annotate_custom_sharding(tensor, heads.mesh.get_op_sharding(spec))
-        shardings[torch_xla._XLAC._xla_get_tensor_id(tensor)] = sharding.sharding_of(tensor)
-        return tensor
-
-    def zeros_pages(shape, dtype, device):
-        pages, heads = placeholder(shape, dtype), sharding.current()
-        return pages if heads is None else heads.mark("kv_pages", pages)
-
-    with (
-        mock.patch.object(bridge, "zeros_pages", zeros_pages),
-        mock.patch.object(sharding.HeadSharding, "mark_spec", mark_spec),
-    ):
-        yield shardings
+    memory = _Placeholders()
+    with target.using(replace(target.current(), memory=memory)):
+        yield memory.shardings
 
 
 def traced_program(results, updated=(), shardings=None) -> Program:
@@ -137,14 +136,13 @@ def traced_program(results, updated=(), shardings=None) -> Program:
         updated: those of them whose buffer the graph takes and gives back, such as the pages of every layer.
         shardings: what ``without_memory`` gave; the other parameters then stand on every chip.
     """
-    import torch_xla
+    from torch_rpa.bridges.torch_xla.names import xla
 
-    xla = torch_xla._XLAC
-    parameters, _ = xla._get_tensors_xla_device_data_node(list(results))
-    hlo = xla._get_xla_tensors_hlo(list(results))
+    parameters, _ = xla.parameters_of(list(results))
+    hlo = xla.hlo_of(list(results))
     if shardings:
         hlo = _with_shardings(hlo, [shardings.get(tensor, "{replicated}") for tensor in parameters])
-    return Program(hlo, tuple(parameters.index(xla._xla_get_tensor_id(tensor)) for tensor in updated))
+    return Program(hlo, tuple(parameters.index(xla.tensor_id(tensor)) for tensor in updated))
 
 
 def _with_shardings(hlo: str, shardings: list[str]) -> str:
@@ -166,28 +164,25 @@ def compile_program(program: Program, topology_name: str, num_chips: int | None 
     """
     import numpy as np
     from jax.experimental import topologies
-    from jaxlib import _jax, xla_client
 
     devices = topologies.get_topology_desc(topology_name=topology_name, platform="tpu").devices[:num_chips]
-    options = xla_client.CompileOptions()
+    options = jax_names.CompileOptions()
     options.num_replicas, options.num_partitions = 1, len(devices)
-    options.device_assignment = xla_client.DeviceAssignment.create(np.arange(len(devices)).reshape(1, -1))
+    options.device_assignment = jax_names.DeviceAssignment.create(np.arange(len(devices)).reshape(1, -1))
     build = options.executable_build_options
     build.num_partitions, build.use_spmd_partitioning = len(devices), True
     build.allow_spmd_sharding_propagation_to_output = [True]
-    return devices[0].client.compile(_stablehlo(program), _jax.DeviceList(tuple(devices)), options)
+    return devices[0].client.compile(_stablehlo(program), jax_names.DeviceList(tuple(devices)), options)
 
 
 def _stablehlo(program: Program) -> bytes:
     """The program as MLIR bytecode, with its donated parameters marked."""
-    from jax._src.interpreters import mlir
-    from jaxlib import xla_client
     from jaxlib.mlir import ir
 
-    module = xla_client._xla.hlo_module_from_text(program.hlo)
-    computation = xla_client.XlaComputation(module.as_serialized_hlo_module_proto())
-    with mlir.make_ir_context():
-        module = ir.Module.parse(xla_client._xla.mlir.xla_computation_to_mlir_module(computation))
+    module = jax_names.hlo_module_from_text(program.hlo)
+    computation = jax_names.XlaComputation(module.as_serialized_hlo_module_proto())
+    with jax_names.make_ir_context():
+        module = ir.Module.parse(jax_names.xla_computation_to_mlir_module(computation))
         main = next(f for f in module.body if getattr(f, "name", None) and f.name.value == "main")
         attributes = [{a.name: a.attr for a in argument} for argument in main.arg_attrs]
         for parameter in program.updated:

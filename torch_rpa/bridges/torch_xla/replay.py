@@ -8,13 +8,14 @@ own backend for torch.compile keeps them, but without Dynamo: what is traced is 
 from collections.abc import Callable, Iterable
 
 import torch
-import torch_xla
 import torch_xla.core.xla_model as xm
 from torch_xla.utils.buffer_donor_context import alias_with_buffer_donor_config
 
-from torch_rpa.bridge import run_pending
+from torch_rpa.bridges.interface import ProgramEvicted, Programs
+from torch_rpa.bridges.torch_xla.names import xla
+from torch_rpa.bridges.torch_xla.target import run_pending
 
-_XLAC = torch_xla._XLAC
+_EVICTED = "computation by hash"  # of PyTorch/XLA's message
 
 
 class Replay:
@@ -25,6 +26,7 @@ class Replay:
         inputs: the tensors it reads that every run may replace, with data on the device.
         updated: tensors that it changes in place; their buffers are reused.
         constants: tensors it reads that stay the same objects, such as weights; each run reads their present values.
+        programs: what the program is counted in.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class Replay:
         inputs: list[torch.Tensor],
         updated: list[torch.Tensor],
         constants: Iterable[torch.Tensor],
+        programs: Programs | None = None,
     ) -> None:
         constants = list(constants)
         _materialise([*constants, *updated])
@@ -41,13 +44,15 @@ class Replay:
         self._updated = updated
         self._donate()
         outputs = [*updated, *trace()]
-        _, values = _XLAC._get_tensors_xla_device_data_node(outputs)
+        _, values = xla.parameters_of(outputs)
         buffers = _buffers(values)
         self._hash = _compile(outputs)
+        self._programs = programs or Programs()
+        self._programs.add(self._hash)
         # Nothing has run yet: what tracing updated gets the buffer back that it had.
         for buffer, value in zip(buffers, values, strict=True):
             if buffer in live:
-                _XLAC._replace_xla_tensor(live[buffer], value)
+                xla.replace_data(live[buffer], value)
         live.update(zip(_buffers(constants), constants, strict=True))
         # What is neither live nor an input is a constant that tracing made, such as a scalar.
         self._arguments = [live.get(buffer, value) for buffer, value in zip(buffers, values, strict=True)]
@@ -56,39 +61,56 @@ class Replay:
         self._places = [buffers.index(buffer) if buffer in buffers else None for buffer in _buffers(inputs)]
 
     def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Start the program with these inputs: its results. `updated` are up to date afterwards."""
+        """Start the program with these inputs: its results. `updated` are up to date afterwards.
+
+        Raises:
+            ProgramEvicted: PyTorch/XLA has room for XLA_COMPILATION_CACHE_SIZE programs, and has dropped this one.
+        """
         _materialise(self._live)
         self._donate()
         arguments = list(self._arguments)
         for place, tensor in zip(self._places, inputs, strict=True):
             if place is not None:
                 arguments[place] = tensor
-        outputs = _XLAC._run_cached_graph(self._hash, arguments)
+        outputs = self._run(arguments)
         for tensor, output in zip(self._updated, outputs, strict=False):
-            _XLAC._replace_xla_tensor(tensor, output)
+            xla.replace_data(tensor, output)
         return outputs[len(self._updated) :]
 
-    def _donate(self) -> None:
+    def _run(self, arguments: list[torch.Tensor]) -> list[torch.Tensor]:
+        try:
+            return xla.run_by_hash(self._hash, arguments)
+        except RuntimeError as error:
+            if _EVICTED not in str(error):
+                raise
+            self._donate(False)
+            self._programs.forget(self._hash)
+            raise ProgramEvicted(
+                "PyTorch/XLA's cache of programs has dropped this one; trace it anew, and set "
+                "XLA_COMPILATION_CACHE_SIZE to more than the programs that are in use"
+            ) from error
+
+    def _donate(self, is_donated: bool = True) -> None:
         for tensor in self._updated:
-            _XLAC._set_buffer_donation(tensor, True)
+            xla.set_donation(tensor, is_donated)
 
 
 def _buffers(tensors: list[torch.Tensor]) -> list[int]:
     """What each tensor's data is known by, as long as it stays. (Under SPMD tensor ids change when a program runs.)"""
-    return _XLAC._get_tensors_handle(tensors)
+    return xla.tensor_handles(tensors)
 
 
 def _compile(outputs: list[torch.Tensor]) -> int:
     """Compile the program of these lazy tensors without running it, with donated inputs; the hash it is found by."""
     with alias_with_buffer_donor_config():
-        graph_hash = _XLAC._get_graph_hash(outputs)
-        _XLAC._xla_warm_up_cache(outputs, [])
+        graph_hash = xla.graph_hash(outputs)
+        xla.compile_pending(outputs, [])
     return graph_hash
 
 
 def _materialise(tensors: list[torch.Tensor]) -> None:
     """Run what is still pending on tensors that a program reads, such as weights that were just loaded."""
-    needed = _XLAC._check_tensor_need_materialization(tensors)
+    needed = xla.check_needs_run(tensors)
     pending = [tensor for tensor, is_needed in zip(tensors, needed, strict=True) if is_needed]
     if pending:
         run_pending(pending)

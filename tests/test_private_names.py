@@ -1,0 +1,62 @@
+"""Private names of other packages: each stands in one table, and a release that lacks one is named."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import torch_rpa
+from torch_rpa.private_names import PrivateNames
+
+PACKAGE = Path(torch_rpa.__file__).parent
+TABLES = {"names.py", "jax_names.py"}
+
+
+def test_the_installed_torch_xla_has_every_private_name():
+    pytest.importorskip("torch_xla")
+    from torch_rpa.bridges.torch_xla.names import xla
+
+    assert xla.missing() == []
+
+
+def test_the_installed_jax_has_every_private_name():
+    pytest.importorskip("jax")
+    from torch_rpa.jax_names import jax_names
+
+    assert jax_names.missing() == []
+
+
+def test_names_that_a_release_has_taken_away_are_named():
+    names = PrivateNames("pytest", "1.0", {"kept": "pytest:raises", "gone": "pytest:_gone.deeper", "moved": "pytst:x"})
+    assert names.missing() == ["pytest:_gone.deeper", "pytst:x"]
+    assert names.kept is pytest.raises
+    with pytest.raises(ImportError, match=r"torch_rpa needs pytest:_gone\.deeper, which pytest .* version 1\.0 has it"):
+        _ = names.gone
+    with pytest.raises(AttributeError, match="other"):
+        _ = names.other
+
+
+def code_of(path):
+    """The source without docstrings and comments."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+PRIVATE = re.compile(r"_XLAC|torch_xla\._|torch_tpu\._|jax\._src|jaxlib\._|xla_client|unittest.mock|\bmock\b")
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_private_names_stand_in_their_tables_only_and_nothing_is_patched(path):
+    found = PRIVATE.findall(code_of(path))
+    assert not found or path.name in TABLES
+
+
+def test_the_tables_are_where_private_names_are():
+    """Without this the test above could pass for ever."""
+    tables = [path for path in PACKAGE.rglob("*.py") if path.name in TABLES]
+    assert len(tables) == 2
+    assert all(PRIVATE.search(code_of(path)) for path in tables)
