@@ -258,8 +258,9 @@ def test_default_pool_is_logged(caplog):
 def call_with_batch(model, **kwargs):
     """One hand-made step over three tokens of one sequence."""
     from torch_rpa.hf.model.attention import RaggedBatch
+    from torch_rpa.hf.model.cache import PagedKVCache
 
-    cache = engine_of(model).runner._ready_cache()
+    cache = PagedKVCache(model, 4, 16, model.dtype)
     batch = RaggedBatch(
         cache=cache,
         kv_lens=torch.tensor([3], dtype=torch.int32),

@@ -1,5 +1,6 @@
 """A transformers GenerationConfig as the engine's own parameters; what has no meaning here is refused."""
 
+import numbers
 import operator
 from dataclasses import dataclass
 
@@ -21,6 +22,11 @@ _WITHOUT_EFFECT = {
     "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
     "assistant_early_exit", "assistant_lookbehind", "target_lookbehind", "max_matching_ngram_size",
 }  # fmt: skip
+# Integers, and the least that each may be; for top_k that depends on whether anything is sampled.
+_COUNTS = {
+    "max_new_tokens": 1, "max_length": 1, "min_new_tokens": 0, "min_length": 0, "num_return_sequences": 1, "top_k": None
+}  # fmt: skip
+_NUMBERS = ("temperature", "top_p", "repetition_penalty")
 # Values other than None, False, 0 and [] that mean "off".
 _NEUTRAL = {"num_beams": 1, "use_cache": True, "encoder_repetition_penalty": 1.0, "typical_p": 1.0}
 
@@ -73,7 +79,7 @@ def resolve(
     """
     if config is not None and not isinstance(config, GenerationConfig):
         raise TypeError(f"generation_config must be a transformers.GenerationConfig, got {type(config).__name__}")
-    values = _merged(overrides, config, model.generation_config)
+    values = _checked_kinds(_merged(overrides, config, model.generation_config))
     refused = [f"{name}={value!r}" for name, value in values.items() if not _is_supported(name, value)]
     if refused:
         raise NotImplementedError(f"torch_rpa.hf does not support these generation settings: {', '.join(refused)}")
@@ -85,7 +91,7 @@ def resolve(
         stop_token_ids=_stop_token_ids(values["eos_token_id"]),
         stop_strings=_stop_strings(values["stop_strings"], tokenizer),
         sampling=_sampling(values),
-        num_return_sequences=_num_return_sequences(values["num_return_sequences"]),
+        num_return_sequences=values["num_return_sequences"] or 1,
     )
 
 
@@ -101,6 +107,27 @@ def _merged(overrides: dict, config: GenerationConfig | None, defaults: Generati
     for source in (given, overrides):
         values.update({name: value for name, value in source.items() if value is not None})
     return values
+
+
+def _checked_kinds(values: dict) -> dict:
+    """With counts as ints, whichever integers they were. ValueError, naming it, for a value of another kind."""
+    values = dict(values)
+    for name, least in _COUNTS.items():
+        if values[name] is not None:
+            values[name] = as_integer(name, values[name], least)
+    for name in _NUMBERS:
+        if values[name] is not None and not isinstance(values[name], numbers.Real):
+            raise ValueError(f"{name}={values[name]!r} must be a number")
+    return values
+
+
+def as_integer(name: str, value: object, least: int | None = None) -> int:
+    """The value as an int. ValueError, naming it, for what is none (True and False are none), or less than `least`."""
+    is_integer = hasattr(type(value), "__index__") and not isinstance(value, bool)
+    if not is_integer or (least is not None and value < least):
+        wanted = "an integer" if least is None else f"an integer of at least {least}"
+        raise ValueError(f"{name}={value!r} must be {wanted}")
+    return operator.index(value)
 
 
 def _is_supported(name: str, value: object) -> bool:
@@ -128,7 +155,8 @@ def _stop_token_ids(eos_token_id: int | list[int] | None) -> frozenset[int]:
     if eos_token_id is None:
         return frozenset()
     ids = eos_token_id if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
-    return frozenset(operator.index(token_id) for token_id in ids if token_id >= 0)
+    ids = [as_integer("eos_token_id", token_id) for token_id in ids]
+    return frozenset(token_id for token_id in ids if token_id >= 0)
 
 
 def _stop_strings(strings: str | list[str] | None, tokenizer) -> StopStrings | None:
@@ -137,10 +165,3 @@ def _stop_strings(strings: str | list[str] | None, tokenizer) -> StopStrings | N
     if tokenizer is None:
         raise ValueError(f"stop_strings={strings!r} need the keyword tokenizer=, to turn tokens into text")
     return StopStrings((strings,) if isinstance(strings, str) else tuple(strings), tokenizer)
-
-
-def _num_return_sequences(value: int | None) -> int:
-    value = 1 if value is None else value
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"num_return_sequences={value!r} must be an integer of at least 1")
-    return value

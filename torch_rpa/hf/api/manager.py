@@ -124,7 +124,7 @@ class Manager:
     @property
     def stats(self) -> EngineStats:
         """The engine's counters, such as free pages, prefix hits, preemptions, compilations after warm-up."""
-        return self._engine.stats
+        return engine_of(self.model).stats
 
     # ---- Requests, from any thread ------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
-from torch_rpa.hf.api.generation_config import RequestParams
+from torch_rpa.hf.api.generation_config import RequestParams, as_integer
 from torch_rpa.hf.engine.engine import Engine
 from torch_rpa.hf.engine.sequence import Sequence
 
@@ -49,8 +49,8 @@ def refusal(engine: Engine, prompt_ids: list[int], params: RequestParams) -> str
 
 
 def check_seed(seed: int | None) -> None:
-    if seed is not None and operator.index(seed) < 0:
-        raise ValueError(f"{seed=} must be None or an integer of at least 0")
+    if seed is not None:
+        as_integer("seed", seed, least=0)
 
 
 def request_seed(seed: int | None, index: int, copy: int = 0) -> list[int] | None:

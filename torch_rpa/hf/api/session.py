@@ -75,7 +75,8 @@ class Session:
     def add(self, request_id: str | None, make: Callable[[str, int], RequestState]) -> str:
         """Queue the request that `make` makes of its id and its number among all requests; its id.
 
-        Raises ValueError for an id in use, RuntimeError if the session takes no requests any more, queue.Full.
+        Raises ValueError for an id in use, TypeError for one that is no text, RuntimeError if the session takes no
+        requests any more, queue.Full.
         """
         with self._changed:
             self._require_open()
@@ -128,8 +129,10 @@ class Session:
     def _identify(self, request_id: str | None) -> tuple[str, int]:
         """The request's id and number. Ids that a caller has given to requests of its own are passed over."""
         index = next(self._indices)
-        if request_id is not None:
+        if isinstance(request_id, str):
             return request_id, index
+        if request_id is not None:
+            raise TypeError(f"add_request: {request_id=} must be a text")
         while self.mailboxes.find(f"req_{index}") is not None:
             index = next(self._indices)
         return f"req_{index}", index

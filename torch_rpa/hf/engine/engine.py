@@ -251,6 +251,7 @@ class Engine:
     def end_session(self, *, keep_prefixes: bool = False) -> None:
         """Leave nothing behind for the next caller but, if asked for, the pages of prefixes. Requests that are left,
         because something was raised, maybe by Ctrl-C, are dropped with everything else."""
+        self.num_failed_steps = 0
         if self.has_work:
             self.reset()
         elif not keep_prefixes:
