@@ -4,7 +4,7 @@ import logging
 import numbers
 import operator
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -69,19 +69,7 @@ def resolve(
     stop_strings need the tokenizer. Raises NotImplementedError that lists every field set to something the engine does
     not do (`settings` says which), TypeError for a name that is no field, ValueError for a bad value.
     """
-    if config is not None and not isinstance(config, GenerationConfig):
-        raise TypeError(f"generation_config must be a transformers.GenerationConfig, got {type(config).__name__}")
-    _check_names(overrides)
-    own = _said(model.generation_config)
-    given = (_said(config) if config is not None else {}) | {n: v for n, v in overrides.items() if v is not None}
-    samples = bool((own | given).get("do_sample"))
-    refused = settings.refused(_fields_of(own | given), settings.GENERATION, samples=samples)
-    refused += _undefined(given, own)
-    if refused:
-        raise NotImplementedError(f"torch_rpa.hf does not support these generation settings: {', '.join(refused)}")
-    if not samples:
-        _warn_of_what_only_sampling_reads(given, own)
-    values = _checked_kinds(dict.fromkeys(_FIELDS) | own | given)
+    values = _checked_kinds(_accepted(model.generation_config, config, overrides))
     return RequestParams(
         max_new_tokens=values["max_new_tokens"],
         max_length=values["max_length"],
@@ -94,6 +82,24 @@ def resolve(
     )
 
 
+def _accepted(defaults: GenerationConfig, config: GenerationConfig | None, overrides: dict) -> dict:
+    """The value of every field, once nothing that was said is refused."""
+    if config is not None and not isinstance(config, GenerationConfig):
+        raise TypeError(f"generation_config must be a transformers.GenerationConfig, got {type(config).__name__}")
+    _check_names(overrides)
+    own = _said(defaults)
+    given = (_said(config) if config is not None else {}) | {n: v for n, v in overrides.items() if v is not None}
+    values = dict.fromkeys(_FIELDS) | {n: v for n, v in (own | given).items() if n in _FIELDS}
+    said = {name: value for name, value in values.items() if value is not None}
+    samples = bool(values["do_sample"])
+    refused = settings.refused(said, settings.GENERATION, samples=samples) + _undefined(given, own)
+    if refused:
+        raise NotImplementedError(f"torch_rpa.hf does not support these generation settings: {', '.join(refused)}")
+    if not samples:
+        _warn_of_what_only_sampling_reads(given, own)
+    return values
+
+
 def _check_names(overrides: dict) -> None:
     if unknown := unknown_names(overrides, _FIELDS, settings.NAMES_ELSEWHERE):
         raise TypeError(f"torch_rpa.hf does not know the keywords {unknown}; see transformers.GenerationConfig")
@@ -102,10 +108,6 @@ def _check_names(overrides: dict) -> None:
 def _said(config: GenerationConfig) -> dict:
     """The attributes that are set, among them those that GenerationConfig does not define."""
     return {n: v for n, v in vars(config).items() if v is not None and not n.startswith("_")}
-
-
-def _fields_of(values: dict) -> dict:
-    return {name: value for name, value in values.items() if name in _FIELDS}
 
 
 def _undefined(given: dict, own: dict) -> list[str]:
@@ -132,7 +134,7 @@ def _warn_of_what_only_sampling_reads(given: dict, own: dict) -> None:
         _warn_once(f"{', '.join(unread)} without do_sample=True: the most likely token is taken, whatever they say")
 
 
-@cache
+@lru_cache(maxsize=256)
 def _warn_once(message: str) -> None:
     logger.warning(message)
 
