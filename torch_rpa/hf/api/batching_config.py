@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from transformers.generation.configuration_utils import ContinuousBatchingConfig
-
+from torch_rpa.hf._transformers import ContinuousBatchingConfig
 from torch_rpa.hf.api import settings
 from torch_rpa.hf.engine.config import EngineConfig
 

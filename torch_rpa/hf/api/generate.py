@@ -4,9 +4,8 @@ from collections.abc import Sequence as SequenceOf
 
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation.configuration_utils import ContinuousBatchingConfig
-from transformers.generation.continuous_batching.requests import GenerationOutput
 
+from torch_rpa.hf._transformers import ContinuousBatchingConfig, GenerationOutput
 from torch_rpa.hf.api.batching_config import batching_options
 from torch_rpa.hf.api.gate import gate_of
 from torch_rpa.hf.api.generation_config import RequestParams, resolve

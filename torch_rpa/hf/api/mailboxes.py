@@ -6,8 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from transformers.generation.continuous_batching.requests import GenerationOutput
-
+from torch_rpa.hf._transformers import GenerationOutput
 from torch_rpa.hf.api.request_state import LOOP_CLOSED, Handler, RequestState
 
 # Of requests that were cancelled, so many last outputs can still be read; and so many handlers wait for their request.

@@ -11,9 +11,8 @@ from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation.configuration_utils import ContinuousBatchingConfig
-from transformers.generation.continuous_batching.requests import GenerationOutput
 
+from torch_rpa.hf._transformers import ContinuousBatchingConfig, GenerationOutput
 from torch_rpa.hf.api.batching_config import BatchingOptions, batching_options
 from torch_rpa.hf.api.gate import EngineGate, engine_of, gate_of
 from torch_rpa.hf.api.generation_config import RequestParams, resolve

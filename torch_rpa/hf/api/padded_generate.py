@@ -2,8 +2,8 @@
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from torch_rpa.hf._transformers import GenerateDecoderOnlyOutput, prepare_generation_config
 from torch_rpa.hf.api import settings
 from torch_rpa.hf.api.gate import gate_of
 from torch_rpa.hf.api.generation_config import RequestParams, resolve, token_id_list
@@ -37,7 +37,7 @@ def generate(
     NotImplementedError for keywords and settings that the engine does not have.
     """
     ids = _two_dimensional(inputs, input_ids)
-    config, other = model._prepare_generation_config(generation_config, **generation_kwargs)
+    config, other = prepare_generation_config(model, generation_config, **generation_kwargs)
     _check_keywords(other)
     gives_dict, config.return_dict_in_generate = config.return_dict_in_generate, False
     max_lengths = (generation_kwargs.get("max_length"), getattr(generation_config, "max_length", None))

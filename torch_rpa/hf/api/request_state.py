@@ -5,8 +5,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
-
+from torch_rpa.hf._transformers import GenerationOutput, RequestStatus
 from torch_rpa.hf.api.requests import Request, output_of
 from torch_rpa.hf.engine.sequence import Sequence
 

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
-from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
-
+from torch_rpa.hf._transformers import GenerationOutput, RequestStatus
 from torch_rpa.hf.api.generation_config import RequestParams, as_integer
 from torch_rpa.hf.engine.engine import Engine
 from torch_rpa.hf.engine.sequence import Sequence

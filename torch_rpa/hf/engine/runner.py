@@ -9,6 +9,7 @@ import torch
 
 from torch_rpa import sharding
 from torch_rpa.bridges import Programs
+from torch_rpa.hf._transformers import attention_of
 from torch_rpa.hf.engine.batch import BatchLayout
 from torch_rpa.hf.engine.config import EngineConfig
 from torch_rpa.hf.engine.page_allocator import pages_for
@@ -81,7 +82,7 @@ class ModelRunner:
         self._steps = steps_for(ModelSnapshot(self.model), self.config, self._programs)
 
     def _require_our_attention(self) -> None:
-        implementation = self.model.config._attn_implementation
+        implementation = attention_of(self.model.config)
         if implementation != attention.NAME:
             raise RuntimeError(
                 f"this model was patched by torch_rpa.hf, but its attention is {implementation!r} now: "

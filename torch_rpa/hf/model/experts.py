@@ -9,7 +9,8 @@ weight once, as a decode step of a few dozen rows does anyway, and costs num_exp
 from functools import partial
 
 import torch
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from torch_rpa.hf._transformers import ALL_EXPERTS_FUNCTIONS
 
 
 def register(former: str) -> str:

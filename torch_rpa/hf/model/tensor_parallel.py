@@ -16,8 +16,8 @@ import logging
 
 import torch
 from transformers import PreTrainedModel
-from transformers.integrations.tensor_parallel import replace_layer_number_by_wildcard
 
+from torch_rpa.hf._transformers import layer_number_to_wildcard
 from torch_rpa.hf.model.heads import num_kv_heads_of
 from torch_rpa.sharding import HeadSharding, sharding_of
 
@@ -118,7 +118,7 @@ def _require_xla(model: PreTrainedModel) -> None:
 
 def _styles(name: str, plans: list[dict[str, str]]) -> list[str]:
     """What the plans say of a parameter, or of the module it is in; what its module's name says if they say nothing."""
-    generic = replace_layer_number_by_wildcard(name)
+    generic = layer_number_to_wildcard(name)
     module, _, _ = generic.rpartition(".")
     styles = [style for plan in plans if (style := plan.get(generic) or plan.get(module))]
     return styles or [_COMMON_NAMES.get(module.rpartition(".")[2], "replicate")]

@@ -8,6 +8,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from torch_rpa.hf._transformers import can_set_experts, experts_of
 from torch_rpa.hf.api.gate import gate_of
 from torch_rpa.hf.api.generate import generate_batch
 from torch_rpa.hf.api.manager import continuous_batching_context_manager, init_continuous_batching, warmup
@@ -119,8 +120,8 @@ def _restore_configs(former_configs: list[tuple[torch.nn.Module, PreTrainedConfi
 def _set_implementations(model: PreTrainedModel) -> None:
     """Paged attention everywhere and, in a mixture of experts, experts with static shapes where it runs on XLA."""
     model.set_attn_implementation(attention.NAME)
-    if model._can_set_experts_implementation():
-        model.set_experts_implementation(experts.register(model.config._experts_implementation))
+    if can_set_experts(model):
+        model.set_experts_implementation(experts.register(experts_of(model.config)))
 
 
 def _add_hooks(model: PreTrainedModel) -> list[RemovableHandle]:

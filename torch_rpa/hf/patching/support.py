@@ -2,6 +2,7 @@
 
 from transformers import PreTrainedModel
 
+from torch_rpa.hf._transformers import can_set_attention, differing_attributes
 from torch_rpa.hf.engine.config import FP8_DTYPES, EngineConfig
 from torch_rpa.hf.model.heads import head_dim_of
 from torch_rpa.validation import MAX_HEAD_DIM, is_head_dim
@@ -88,7 +89,7 @@ def _class_reasons(model_class: type[PreTrainedModel]) -> list[str]:
         return reasons
     if not model_class.can_generate():
         reasons.append("it has no language model head that generates: it is an encoder, a base model or a classifier")
-    if not model_class._can_set_attn_implementation():
+    if not can_set_attention(model_class):
         reasons.append("its attention does not go through transformers' AttentionInterface")
     return reasons
 
@@ -102,8 +103,8 @@ def _is_supported_class(model_class: type) -> bool:
 
 def _config_reasons(config) -> list[str]:
     """What the op cannot compute, whichever class asks for it."""
-    if config.is_heterogeneous:  # reading what differs raises
-        return [f"its layers differ in {', '.join(sorted(config.per_layer_attributes))}; their pages must be alike"]
+    if differing := differing_attributes(config):
+        return [f"its layers differ in {', '.join(differing)}; their pages must be alike"]
     return [*_attention_reasons(config), *_position_reasons(config)]
 
 
@@ -135,7 +136,7 @@ def _position_reasons(config) -> list[str]:
 
 
 def _head_dim_reasons(config) -> list[str]:
-    if config.is_heterogeneous:
+    if differing_attributes(config):
         return []
     head_dim = head_dim_of(config)
     return [] if is_head_dim(head_dim) else [f"{head_dim=} is not a multiple of 8 up to {MAX_HEAD_DIM}"]
