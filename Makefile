@@ -30,7 +30,8 @@ PEER_STAMP := $(VENV_NEXT)/.stamp-peer
 NATIVE_SOURCES := $(wildcard csrc_stub/*.cpp csrc_stub/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-next demo test test-next test-torch test-install lint format bench soak bench-tpu family-table aot-matrix compile-matrix clean distclean
+.PHONY: help venv venv-next demo test test-next test-torch test-install lint format bench soak bench-tpu
+.PHONY: family-table settings-table aot-matrix compile-matrix clean distclean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -90,6 +91,9 @@ soak: $(INSTALL_STAMP) ## serve thousands of random requests on XLA, with faults
 
 family-table: $(INSTALL_STAMP) ## write the README's table of models from the tests' families
 	@PYTHONPATH=. $(BIN)/python tests/hf/family_table.py
+
+settings-table: $(INSTALL_STAMP) ## write docs/generation_settings.md: how each setting of transformers is taken
+	@PYTHONPATH=. $(BIN)/python tests/hf/settings_table.py
 
 bench-tpu: $(INSTALL_STAMP) $(PEER_STAMP) ## model the TPU kernel's time on v6e, v5e and 7x, beside its peers (they need tpusim)
 	@$(BIN)/python -m benchmarks.bench_tpu_model --chip v6e v5e 7x --kernels ours v2 v3 $(ARGS)
