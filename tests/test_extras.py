@@ -9,7 +9,7 @@ import torch
 
 import torch_rpa
 from tests.processes import REPO, project, run
-from torch_rpa import demo, extras, workloads
+from torch_rpa import extras, workloads
 
 
 @pytest.fixture
@@ -36,15 +36,24 @@ def test_the_xla_device_without_torch_xla(missing):
 
 
 def test_the_demo_on_the_xla_device_without_torch_xla(missing, capsys):
+    pytest.importorskip("tqdm")
+    from torch_rpa import demo
+
     missing("torch_xla", "torch_rpa.bridges.torch_xla.bridge")
     assert demo.main([]) == 1
     assert re.search(says("xla", "torch_xla"), capsys.readouterr().err.strip())
 
 
 def test_the_demo_without_tqdm(missing):
-    missing("tqdm")
+    missing("tqdm", "torch_rpa.demo")
     with pytest.raises(ModuleNotFoundError, match=says("demo", "torch_rpa.demo", "tqdm")):
-        importlib.reload(demo)
+        importlib.import_module("torch_rpa.demo")
+
+
+def test_the_models_without_transformers(missing):
+    missing("transformers", "torch_rpa.hf")
+    with pytest.raises(ModuleNotFoundError, match=says("hf", "torch_rpa.hf", "transformers")):
+        importlib.import_module("torch_rpa.hf")
 
 
 def test_the_batches_of_benchmarks_without_numpy(missing):
@@ -55,6 +64,7 @@ def test_the_batches_of_benchmarks_without_numpy(missing):
 
 @pytest.mark.parametrize("package", ["numpy", "tqdm", "jax", "libtpu"])
 def test_the_aot_command_without_a_package_ends_with_its_name_in_one_line(package):
+    pytest.importorskip("libtpu")
     code = f"""
 import sys
 sys.modules["torch"] = sys.modules["{package}"] = None

@@ -13,7 +13,7 @@ MISSING = "no_such_package_anywhere"
 def test_it_names_every_package_and_device_and_ends_with_0(capsys, monkeypatch):
     monkeypatch.setenv("TORCH_RPA_CHECK", "1")
     monkeypatch.setattr(info, "xla_tensors", lambda: ("PJRT CPU, plain XLA ops", None))
-    assert info.main() == 0
+    assert info.main([]) == 0
     printed = capsys.readouterr().out
     assert "torch_rpa " in printed.splitlines()[0]
     assert all(f"\n  {name}" in printed for name in (*info.PACKAGES, "CPU tensors", "XLA tensors"))
@@ -66,7 +66,7 @@ def test_every_command_names_an_extra_that_exists(command):
 
 
 def test_without_torch_it_says_how_to_install_it_and_ends_with_1():
-    code = "import sys; sys.modules['torch'] = None; from torch_rpa import info; sys.exit(info.main())"
+    code = "import sys; sys.modules['torch'] = None; from torch_rpa import info; sys.exit(info.main([]))"
     printed = run_python(code, exit_code=1).stdout
     assert info.INSTALL_TORCH in printed
     assert "CPU tensors  not without the packages that are missing" in printed

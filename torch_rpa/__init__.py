@@ -16,8 +16,10 @@ def _is_starting(*commands: str) -> bool:
     return sys.argv[:1] == ["-m"] and any(command in sys.orig_argv for command in commands)
 
 
-# torch takes seconds to load: these commands first read what was typed, and then import the modules that they need.
-if find_spec("torch") is not None and not _is_starting("torch_rpa.aot", "torch_rpa.info"):
+# torch takes seconds to load: the commands first read what was typed, and then import the modules that they need.
+_COMMANDS = ("torch_rpa.aot", "torch_rpa.bench", "torch_rpa.demo", "torch_rpa.info")
+
+if find_spec("torch") is not None and not _is_starting(*_COMMANDS):
     from torch_rpa import sharding
     from torch_rpa.compilation_cache import use_compilation_cache
     from torch_rpa.functional import (

@@ -62,12 +62,13 @@ def measure(setup: Setup) -> dict[str, float]:
     import torch
     import torch_xla  # noqa: F401  registers the device
 
-    import torch_rpa
+    from torch_rpa import ops  # noqa: F401  registers them
+    from torch_rpa.pages import empty_kv_pages
 
     device, dtype = torch.device("xla"), getattr(torch, setup.dtype)
     num_q_heads, num_kv_heads, head_dim = setup.heads
     sizes = setup.num_pages, setup.page_size, num_kv_heads, head_dim
-    pages = torch_rpa.empty_kv_pages(*sizes, dtype=dtype, device=device)
+    pages = empty_kv_pages(*sizes, dtype=dtype, device=device)
     q = torch.randn(setup.num_tokens, num_q_heads, head_dim).to(dtype).to(device)
     times = {}
     for name, batch in setup.batches.items():

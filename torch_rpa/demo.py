@@ -89,7 +89,7 @@ def _load(device: str):
 
 
 def _quiet_imports(device: str):
-    from torch_rpa import bridges
+    from torch_rpa import bridges, ops  # noqa: F401  registers the ops
 
     # torch_xla picks a TPU if there is one and the CPU otherwise, and warns about either; it comes with
     # transformers' accelerate even if it is not asked for. We print the device ourselves.
@@ -148,7 +148,7 @@ def answer(engine, tokenizer, questions: list[str], prompts: list[list[int]], ma
             stop_token_ids=frozenset([tokenizer.eos_token_id]),
         )
     num_tokens = num_finished = 0
-    with _progress_bar() as bar:
+    with _progress_bar() as bar, engine.reporting(lambda program: bar.set_description_str(f"  compiling: {program}, ")):
         for event in engine.run():
             num_tokens += 1
             num_finished += event.is_finished
@@ -184,7 +184,7 @@ def compilations(device: str) -> tuple[int, float]:
     """What XLA has compiled so far: programs, and seconds. Nothing for CPU tensors, which need no torch_xla."""
     if device == "cpu":
         return 0, 0.0
-    from torch_rpa import bridges
+    from torch_rpa import bridges, ops  # noqa: F401  registers the ops
 
     return bridges.of("xla").compilations()
 

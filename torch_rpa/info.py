@@ -1,5 +1,6 @@
 """What is installed, what it runs on, and what to type for whatever is missing: ``python -m torch_rpa.info``."""
 
+import argparse
 import importlib
 import logging
 import os
@@ -33,8 +34,9 @@ class Finding(NamedTuple):
     mend: str | None = None
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Print everything; the exit code is 1 where not even CPU tensors work."""
+    argparse.ArgumentParser(prog="python -m torch_rpa.info", description=__doc__).parse_args(argv)
     logging.disable(logging.WARNING)  # torch_xla's, about the device that it picks, which is printed here
     settings = [Finding(name, os.environ[name]) for name in SETTINGS if name in os.environ]  # torch_xla adds its own
     packages = [package(name) for name in PACKAGES]

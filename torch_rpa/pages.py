@@ -8,7 +8,7 @@ A token's *slot* is ``page * page_size + offset``: its row when the pages are se
 
 import torch
 
-from torch_rpa import bridges
+from torch_rpa import bridges, chips
 from torch_rpa.validation import (
     FLOAT_DTYPES,
     MAX_HEAD_DIM,
@@ -67,6 +67,12 @@ def empty_kv_pages(
     if bridge.device_kind() == "tpu" and not tpu_reasons((1, num_kv_heads, head_dim), flat_shape, dtype_name(dtype)):
         shape = flat_shape
     return bridge.zeros_pages(shape, dtype, device)
+
+
+def best_page_size(device: torch.device | str) -> int:
+    """Tokens in a page that are fastest on ``device``; where that makes no difference, few, which wastes least."""
+    bridge = bridges.of(device)
+    return chips.PAGE_SIZE if bridge is not None and bridge.device_kind() == "tpu" else 16
 
 
 def heads_view(kv_pages: torch.Tensor, head_dim: int) -> torch.Tensor:

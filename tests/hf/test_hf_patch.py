@@ -342,7 +342,7 @@ def test_all_reasons_are_listed_at_once():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"page_size": 12}, "page_size=12 must be a power of two from 8 to 256"),
+        ({"page_size": 12}, "page_size=12 must be None or a power of two from 8 to 256"),
         ({"page_size": 4}, "page_size=4 must be"),
         ({"num_pages": 0}, "num_pages=0 must be None or a positive integer"),
         ({"max_num_seqs": 0}, "max_num_seqs=0 must be a positive integer"),

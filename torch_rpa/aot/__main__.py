@@ -31,7 +31,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     model.add_argument("--heads", type=_heads, help="instead of a model: query heads/KV heads/head_dim, as 32/8/128")
     parser.add_argument("--layers", type=_count, default=1, help="with --heads (default: 1)")
     parser.add_argument(
-        "--page-size", type=int, choices=PAGE_SIZES, default=128, help="tokens in a page (default: 128)"
+        "--page-size",
+        type=int,
+        choices=PAGE_SIZES,
+        default=chips.PAGE_SIZE,
+        help="tokens (default: %(default)s)",
     )
     parser.add_argument("--max-tokens", type=_count, default=512, help="rows of a step (default: 512)")
     parser.add_argument("--max-seqs", type=_count, default=64, help="sequences at a time (default: 64)")

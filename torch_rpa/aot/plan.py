@@ -27,7 +27,7 @@ class Plan:
 
     chip: str
     model: ModelFacts
-    page_size: int = 128
+    page_size: int = chips.PAGE_SIZE
     max_tokens: int = 512
     max_seqs: int = 64
     max_context: int = DEFAULT_CONTEXT

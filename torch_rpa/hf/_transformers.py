@@ -4,7 +4,15 @@
 away is an ImportError that names it.
 """
 
+from typing import TYPE_CHECKING
+
 from torch_rpa.private_names import PrivateNames
+
+if TYPE_CHECKING:  # which cannot look up a name in the table
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig as ContinuousBatchingConfig
+    from transformers.generation.continuous_batching.requests import GenerationOutput as GenerationOutput
+    from transformers.generation.continuous_batching.requests import RequestStatus as RequestStatus
+    from transformers.generation.utils import GenerateDecoderOnlyOutput as GenerateDecoderOnlyOutput
 
 names = PrivateNames(
     "transformers",

@@ -1,6 +1,7 @@
 """`model.generate_batch`, in the shape that transformers gives it."""
 
 from collections.abc import Sequence as SequenceOf
+from contextlib import nullcontext
 
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
@@ -35,7 +36,7 @@ def generate_batch(
                         num_return_sequences are honoured; unset fields are filled as `model.generate` does
     continuous_batching_config  return_logprobs and seed are honoured; sizes are set by `patch`
     record_timestamps   fill each output's `timestamps`, one for each token
-    progress_bar        a tqdm bar of finished requests
+    progress_bar        a tqdm bar of finished requests, with the tokens so far and what is being compiled
     persistent_manager  keep the pages of common prefixes for the next call; the weights must not change until then
     warmup              compile every program first, if that has not been done yet
     tokenizer           needed for stop_strings
@@ -88,10 +89,14 @@ def _requests(prompts: list[list[int]], params: RequestParams, seed: int | None)
 
 def _run(engine: Engine, num_requests: int, progress_bar: bool) -> None:
     description = f"Solving {num_requests} requests"
-    with tqdm(total=num_requests, disable=not progress_bar, desc=description, unit="request") as bar:
+    bar = tqdm(total=num_requests, disable=not progress_bar, desc=description, unit="request", miniters=0)
+    reporting = engine.reporting(lambda program: bar.set_postfix_str(f"compiling: {program}"))
+    num_tokens = 0
+    with bar, reporting if progress_bar else nullcontext():  # without a bar the engine logs it
         for event in engine.run():
-            if event.is_finished:
-                bar.update(1)
+            num_tokens += 1
+            bar.set_postfix_str(f"{num_tokens} tokens", refresh=False)
+            bar.update(event.is_finished)
 
 
 def _check(engine: Engine, prompts: list[list[int]], params: RequestParams) -> None:

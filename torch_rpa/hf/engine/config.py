@@ -1,12 +1,13 @@
 """The engine's settings: what `patch` takes, checked once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
 from torch_rpa import sharding
+from torch_rpa.pages import best_page_size
 from torch_rpa.validation import PAGE_SIZES
 
 # Token buckets in multiples of max_num_seqs: pure decoding, some prompts beside it, prompts.
@@ -19,11 +20,27 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+class Settings(TypedDict, total=False):
+    """The fields of `EngineConfig` as keywords of `patch`, for editors and type checkers."""
+
+    page_size: int | None
+    num_pages: int | None
+    max_num_seqs: int
+    max_seq_len: int | None
+    token_buckets: tuple[int, ...] | None
+    kv_dtype: torch.dtype | None
+    prefix_caching: bool
+    xla_step: str
+    mesh: Any
+    axis: str
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """Everything that fixes the shapes of a step; one XLA program exists for each token bucket.
 
-    page_size       tokens in a page, a power of two from 8 to 256
+    page_size       tokens in a page, a power of two from 8 to 256; None: `torch_rpa.pages.best_page_size` of the
+                    device that the model is on when it is first used
     num_pages       pages in the pool shared by all sequences, or None (see `pool.pool_pages`)
     max_num_seqs    sequences that run at the same time
     max_seq_len     tokens of one sequence, its answer included, that the cache holds at most; None: the model's
@@ -44,7 +61,7 @@ class EngineConfig:
     RuntimeError for a mesh without SPMD.
     """
 
-    page_size: int = 16
+    page_size: int | None = None
     num_pages: int | None = None
     max_num_seqs: int = 8
     max_seq_len: int | None = None
@@ -75,8 +92,8 @@ class EngineConfig:
 
     def _problems_with_counts(self) -> list[str]:
         problems = []
-        if not _is_count(self.page_size) or self.page_size not in PAGE_SIZES:
-            problems.append(f"page_size={self.page_size!r} must be a power of two from 8 to 256")
+        if self.page_size is not None and (not _is_count(self.page_size) or self.page_size not in PAGE_SIZES):
+            problems.append(f"page_size={self.page_size!r} must be None or a power of two from 8 to 256")
         if self.num_pages is not None and not _is_count(self.num_pages):
             problems.append(f"num_pages={self.num_pages!r} must be None or a positive integer")
         if self.max_seq_len is not None and not _is_count(self.max_seq_len):
@@ -100,6 +117,10 @@ class EngineConfig:
                 "step holds one token of each decoding sequence"
             ]
         return []
+
+    def on(self, device: torch.device) -> "EngineConfig":
+        """With what is left to the device said for this one."""
+        return self if self.page_size is not None else replace(self, page_size=best_page_size(device))
 
     def longest(self, model_config) -> int:
         """Tokens of the longest sequence that a model of this config may be asked for."""

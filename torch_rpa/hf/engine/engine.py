@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -64,7 +65,7 @@ class Engine:
     """
 
     def __init__(self, model, config: EngineConfig) -> None:
-        self.config = config
+        self.config = config = config.on(model.device)
         self.runner = ModelRunner(model, config)
         self.allocator = PageAllocator(self.runner.num_pages, prefix_caching=config.prefix_caching)
         self.scheduler = Scheduler(
@@ -107,11 +108,21 @@ class Engine:
     def warm_up(self, progress_bar: bool = True) -> None:
         """Run every program that serving can need once, so that XLA compiles nothing afterwards."""
         self._forget_outdated()
-        with tqdm(total=self.runner.num_programs, desc="Warming up", unit="program", disable=not progress_bar) as bar:
+        bar = tqdm(total=self.runner.num_programs, desc="Warming up", unit="program", disable=not progress_bar)
+        with bar, self.reporting(lambda program: None):  # the bar names it already
             for name in self.runner.warm_up():
                 bar.set_postfix_str(name)
                 bar.update()
         self._compilations_at_warm_up = self.runner.num_compilations
+
+    @contextmanager
+    def reporting(self, before_compiling: Callable[[str], None]) -> Iterator[None]:
+        """Inside the block this is called with the name of each program before it is compiled; nothing is logged."""
+        former, self.runner.before_compiling = self.runner.before_compiling, before_compiling
+        try:
+            yield
+        finally:
+            self.runner.before_compiling = former
 
     def refusal(self, num_prompt_tokens: int, max_new_tokens: int) -> str | None:
         """Why a request of this size can never run, with the numbers; None if it can."""

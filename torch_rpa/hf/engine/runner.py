@@ -1,6 +1,7 @@
 """One step on the device: prepare its arrays, execute it, fetch its tokens."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from enum import Enum
 
@@ -21,6 +22,8 @@ from torch_rpa.hf.engine.steps import Steps, compiles, steps_for
 from torch_rpa.hf.model import attention, tensor_parallel
 from torch_rpa.hf.model.cache import PagedKVCache
 
+logger = logging.getLogger(__name__)
+
 
 class Lost(Enum):
     """What of former steps is of no use any more."""
@@ -36,6 +39,8 @@ class ModelRunner:
     Steps are padded to token buckets, and every step of one bucket is one of two programs, greedy or sampling: what
     varies is in the uploaded arrays. On an XLA device nothing in here reads a value back except the tokens at the end.
     CPU tensors compile nothing, so unless token_buckets are given steps have just the rows that there are.
+
+    before_compiling: called with the name of each program before the device compiles it; at first it logs that once.
     """
 
     def __init__(self, model, config: EngineConfig) -> None:
@@ -45,6 +50,8 @@ class ModelRunner:
         # The page table of one sequence holds the longest that may be asked for, or the whole pool.
         self.max_tokens_per_seq = min(config.longest(model.config), self.num_pages * config.page_size)
         self.pages_per_seq = pages_for(self.max_tokens_per_seq, config.page_size)
+        self.before_compiling: Callable[[str], None] = self._log_once
+        self._announced: set[str] = set()
         self._programs = Programs()
         self._cache: PagedKVCache | None = None
         self._steps: Steps | None = None  # made for the cache, and for the model as it stood then
@@ -111,7 +118,7 @@ class ModelRunner:
             return
         for bucket in self.config.buckets:
             for kind, rows in (("greedy", None), ("sampling", [])):
-                yield f"{bucket} tokens, {kind}"
+                yield _program_name(bucket, kind == "sampling")
                 self._run(BatchLayout(bucket, self.config.max_num_seqs, self.pages_per_seq), [], rows)
         yield "sampling from the whole vocabulary"
         logits = torch.zeros(self.config.max_num_seqs, self.model.config.vocab_size, dtype=self.model.dtype)
@@ -128,6 +135,7 @@ class ModelRunner:
         return compiles(self.model.device) or self.config.token_buckets is not None
 
     def _run(self, layout: BatchLayout, chunks: list[Chunk], rows: list[SampleRow] | None) -> list[tuple[int, float]]:
+        self._announce(_program_name(layout.num_rows, rows is not None))
         with nullcontext() if self.config.heads is None else sharding.using(self.config.heads), torch.no_grad():
             self._make_ready()
             inputs = self._prepare(layout, chunks, rows)
@@ -136,6 +144,19 @@ class ModelRunner:
             if UNDECIDED in tokens:
                 tokens, logprobs = self._sample_again(*logits, *inputs[1:])
         return list(zip(tokens, logprobs, strict=True))[: len(chunks)]
+
+    def _announce(self, program: str) -> None:
+        if compiles(self.model.device) and program not in self._announced:
+            self._announced.add(program)
+            self.before_compiling(program)
+
+    def _log_once(self, program: str) -> None:
+        if len(self._announced) == 1:
+            logger.warning(
+                "torch_rpa compiles a program for each step size when it is first needed, which may take minutes (now: "
+                "%s); warmup() of the model compiles all of them ahead, with a progress bar",
+                program,
+            )
 
     def _prepare(self, layout: BatchLayout, chunks: list[Chunk], rows: list[SampleRow] | None) -> list[torch.Tensor]:
         """The step's arrays on the device."""
@@ -155,6 +176,10 @@ class ModelRunner:
         return _fetch(
             self._steps.evaluate(lambda: sample(logits, unpack_sampling(numbers, bitmaps, vocab_size), vocab_size))
         )
+
+
+def _program_name(num_rows: int, samples: bool) -> str:
+    return f"{num_rows} tokens, {'sampling' if samples else 'greedy'}"
 
 
 def _fetch(result: torch.Tensor) -> tuple[list[int], list[float]]:

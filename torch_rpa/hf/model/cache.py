@@ -2,8 +2,8 @@
 
 import torch
 
-import torch_rpa
 from torch_rpa.hf.model.heads import head_dim_of, kv_source_layers, num_kv_heads_of
+from torch_rpa.pages import empty_kv_pages
 
 
 class PagedKVCache:
@@ -20,7 +20,7 @@ class PagedKVCache:
         owners = sorted(set(self._sources))
         self._arrays = {layer: index for index, layer in enumerate(owners)}
         self.layers = [
-            torch_rpa.empty_kv_pages(
+            empty_kv_pages(
                 num_pages,
                 page_size,
                 num_kv_heads_of(config),

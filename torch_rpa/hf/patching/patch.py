@@ -3,6 +3,7 @@
 import copy
 import inspect
 from functools import cache, partial
+from typing import TypeVar, Unpack, overload
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -13,11 +14,14 @@ from torch_rpa.hf.api.gate import gate_of
 from torch_rpa.hf.api.generate import generate_batch
 from torch_rpa.hf.api.manager import continuous_batching_context_manager, init_continuous_batching, warmup
 from torch_rpa.hf.api.padded_generate import generate
-from torch_rpa.hf.engine.config import EngineConfig
+from torch_rpa.hf.engine.config import EngineConfig, Settings
 from torch_rpa.hf.model import attention, experts, tensor_parallel
 from torch_rpa.hf.patching import class_patch, keywords
+from torch_rpa.hf.patching.patched_model import PatchedModel
 from torch_rpa.hf.patching.state import PatchState, attach, detach, is_patched
 from torch_rpa.hf.patching.support import require_supported_model
+
+ModelClass = TypeVar("ModelClass", bound=PreTrainedModel)
 
 # What a patched model has instead of transformers' methods of these names; each takes the model first.
 METHODS = {
@@ -26,10 +30,14 @@ METHODS = {
 }
 
 
-def patch(model: PreTrainedModel | type[PreTrainedModel], **settings) -> PreTrainedModel | type[PreTrainedModel]:
+@overload
+def patch(model: type[ModelClass], **settings: Unpack[Settings]) -> type[ModelClass]: ...
+@overload
+def patch(model: PreTrainedModel, **settings: Unpack[Settings]) -> PatchedModel: ...
+def patch(model, **settings: Unpack[Settings]):
     """Give this model, or each model of this class, paged attention and `generate_batch`; returns what it was given.
 
-    settings: the fields of `EngineConfig`, such as page_size=16, num_pages=None, max_num_seqs=8,
+    settings: the fields of `EngineConfig`, such as page_size=None, num_pages=None, max_num_seqs=8,
     token_buckets=None, kv_dtype=None. With mesh=, axis="model" the weights are sharded over the chips, see
     `tensor_parallel`; the cache and the steps are too.
 
@@ -69,7 +77,11 @@ def patch(model: PreTrainedModel | type[PreTrainedModel], **settings) -> PreTrai
     return model
 
 
-def unpatch(model: PreTrainedModel | type[PreTrainedModel]) -> PreTrainedModel | type[PreTrainedModel]:
+@overload
+def unpatch(model: type[ModelClass]) -> type[ModelClass]: ...
+@overload
+def unpatch(model: PreTrainedModel | PatchedModel) -> PreTrainedModel: ...
+def unpatch(model):
     """Undo `patch`: the former configs, attention, methods and weights in one piece, no cache. A model not patched
     stays as it is.
 
