@@ -2,9 +2,13 @@
 
 Without a TPU the XLA device is PJRT CPU; ``PJRT_DEVICE=TPU pytest`` runs the same tests on a TPU VM. The tests in
 ``without_torch/`` share this file, so only the fixtures import torch.
+
+Tests on the XLA device have the marker ``xla``. Where torch_xla is not installed they are skipped, and files that need
+JAX or transformers are not collected: with any torch that the package works with, what is left passes.
 """
 
 import os
+from importlib.util import find_spec
 
 os.environ.setdefault("PJRT_DEVICE", "CPU")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,8 +20,22 @@ if os.environ["PJRT_DEVICE"] == "CPU":
 
 import pytest
 
+_FILES_THAT_NEED = {
+    "jax": ["without_torch/*", "test_aot.py", "test_kernels.py", "test_pallas.py", "test_tuning.py"],
+    "transformers": ["hf/*", "test_aot_cli.py", "test_compilation_cache.py"],
+}
+collect_ignore_glob = [file for name, files in _FILES_THAT_NEED.items() if find_spec(name) is None for file in files]
 
-@pytest.fixture(params=["cpu", "xla"])
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "xla" in getattr(item, "fixturenames", ()):
+            item.add_marker("xla")
+        if item.get_closest_marker("xla") and find_spec("torch_xla") is None:
+            item.add_marker(pytest.mark.skip(reason="torch_xla is not installed"))
+
+
+@pytest.fixture(params=["cpu", pytest.param("xla", marks=pytest.mark.xla)])
 def device(request):
     """Each device that the ops run on, a ``torch.device``."""
     import torch

@@ -10,6 +10,7 @@ imported when its device is first asked for.
 import torch
 
 from torch_rpa.bridges.interface import Bridge, ProgramEvicted, Programs
+from torch_rpa.extras import from_extra
 
 __all__ = ["Bridge", "ProgramEvicted", "Programs", "of"]
 
@@ -17,7 +18,8 @@ __all__ = ["Bridge", "ProgramEvicted", "Programs", "of"]
 def of(device: torch.device | str) -> Bridge | None:
     """The bridge to a device; None for one that needs none: the CPU, and "meta"."""
     if torch.device(device).type == "xla":
-        from torch_rpa.bridges.torch_xla.bridge import BRIDGE
+        with from_extra("xla", 'device "xla"'):
+            from torch_rpa.bridges.torch_xla.bridge import BRIDGE
 
         return BRIDGE
     return None

@@ -17,6 +17,7 @@ import torch_xla.core.xla_builder as xb
 
 from torch_rpa.bridges.torch_xla import target as targets
 from torch_rpa.bridges.torch_xla.names import xla
+from torch_rpa.extras import from_extra
 from torch_rpa.options import AttentionOptions
 from torch_rpa.validation import ArgSpec, check_static, dtype_name
 
@@ -57,11 +58,9 @@ def hlo_of(op: str, specs, options: AttentionOptions, kernel: str, target: targe
         kernel: what TORCH_RPA_XLA_KERNEL says.
     """
     xla.init_client()  # PyTorch/XLA takes the TPU before JAX may touch it
-    try:
+    with from_extra("xla", 'device "xla"'):
         import jax
         import jax.numpy as jnp
-    except ModuleNotFoundError as error:
-        raise ImportError("torch_rpa needs JAX for XLA tensors; pip install 'torch_rpa[xla]'") from error
 
     from torch_rpa import jax_names, kernels
 
