@@ -136,7 +136,9 @@ class ModelRunner:
 
     def _run(self, layout: BatchLayout, chunks: list[Chunk], rows: list[SampleRow] | None) -> list[tuple[int, float]]:
         self._announce(_program_name(layout.num_rows, rows is not None))
-        with nullcontext() if self.config.heads is None else sharding.using(self.config.heads), torch.no_grad():
+        # Not in the caller's inference mode: pages that are made in it cannot be updated outside.
+        heads = nullcontext() if self.config.heads is None else sharding.using(self.config.heads)
+        with heads, torch.inference_mode(False), torch.no_grad():
             self._make_ready()
             inputs = self._prepare(layout, chunks, rows)
             result, *logits = self._steps.run(layout, self._cache, inputs)
