@@ -83,6 +83,14 @@ def test_rows_come_back_on_the_inputs_device(xla):
     assert rows.tolist() == make_model(attn_implementation="eager").generate(**inputs, max_new_tokens=4).tolist()
 
 
+def test_in_inference_mode_ids_may_come_from_outside_it_and_the_next_call_may_be_outside(device):
+    model = hf.patch(make_model().to(device), page_size=8, token_buckets=(8,), xla_step="lazy")
+    ids = torch.tensor([[1, 2, 3]]).to(device)
+    with torch.inference_mode():
+        inside = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4)
+    assert model.generate(ids, max_new_tokens=4).tolist() == inside.tolist()
+
+
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [

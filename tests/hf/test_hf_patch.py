@@ -350,7 +350,7 @@ def test_all_reasons_are_listed_at_once():
         ({"token_buckets": ()}, r"token_buckets=\(\) must be None or a tuple of positive integers"),
         ({"token_buckets": (8, 8)}, r"token_buckets=\(8, 8\) must rise"),
         ({"token_buckets": (4,)}, "must be at least max_num_seqs=8"),
-        ({"kv_dtype": "fp8"}, "kv_dtype='fp8' must be None or a torch.dtype"),
+        ({"kv_dtype": "fp8"}, "kv_dtype='fp8' must be None, or a torch.dtype such as float8_e4m3fn or its name"),
         ({"page_size": 7, "max_num_seqs": -1}, "page_size=7.*max_num_seqs=-1"),
     ],
 )
@@ -361,9 +361,31 @@ def test_bad_setting_is_named_with_its_value_and_what_was_expected(settings, mes
     assert not hasattr(model, "_torch_rpa")
 
 
-def test_int8_cache_is_refused_with_the_reason():
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"pagesize": 32},
+            r"no setting pagesize \(did you mean page_size\?\); it has page_size, num_pages, max_num_seqs",
+        ),
+        ({"max_model_len": 32, "mesh_": None}, r"max_model_len \(write max_seq_len\), mesh_ \(did you mean mesh\?\)"),
+    ],
+)
+@pytest.mark.parametrize("of", [make_model, lambda: MistralForCausalLM], ids=["model", "class"])
+def test_a_misspelt_setting_names_the_nearest_one(settings, message, of):
+    with pytest.raises(TypeError, match=rf"^torch_rpa\.hf\.patch.* {message}"):
+        hf.patch(of(), **settings)
+
+
+def test_kv_dtype_takes_a_name():
+    named, plain = (hf.patch(make_model(), kv_dtype=dtype) for dtype in ("float8_e5m2", torch.float8_e5m2))
+    assert engine_of(named).config == engine_of(plain).config
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, "int8"], ids=str)
+def test_int8_cache_is_refused_with_the_reason(dtype):
     with pytest.raises(NotImplementedError, match="int8 needs a k_scale and a v_scale"):
-        hf.patch(make_model(), kv_dtype=torch.int8)
+        hf.patch(make_model(), kv_dtype=dtype)
 
 
 def test_a_mesh_without_spmd_is_refused(xla):

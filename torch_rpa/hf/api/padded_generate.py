@@ -45,8 +45,10 @@ def generate(
     _set_limits(config, ids.shape[1], has_max_length)
     params = resolve(model, config, tokenizer)
     padding = next(iter(token_id_list("pad_token_id", config.pad_token_id)), None)
-    prompts = _prompts(ids, attention_mask, padding, params.stop_token_ids)
-    sequences = _with_answers(ids, _answer(model, prompts, params), params, _filler(padding, config))
+    on_host = ids.cpu()  # PyTorch/XLA cannot index a tensor in inference mode that was made outside it
+    prompts = _prompts(on_host, attention_mask, padding, params.stop_token_ids)
+    answers = _answer(model, prompts, params)
+    sequences = _with_answers(on_host, answers, params, _filler(padding, config)).to(ids.device)
     return GenerateDecoderOnlyOutput(sequences=sequences) if gives_dict else sequences
 
 
@@ -83,7 +85,6 @@ def _prompts(
     ids: torch.Tensor, mask: torch.Tensor | None, pad_token_id: int | None, stop_token_ids: frozenset[int]
 ) -> list[list[int]]:
     """The rows without their padding."""
-    ids = ids.cpu()
     if mask is None and pad_token_id is not None and pad_token_id not in stop_token_ids:
         mask = ids != pad_token_id
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.cpu().bool()
@@ -125,4 +126,4 @@ def _with_answers(ids: torch.Tensor, answers: list[list[int]], params: RequestPa
     longest = max(map(len, answers))
     rows = [answer + [filler] * (longest - len(answer)) for answer in answers]
     repeated = ids.repeat_interleave(params.num_return_sequences, dim=0)
-    return torch.cat([repeated, torch.tensor(rows, dtype=ids.dtype, device=ids.device)], dim=1)
+    return torch.cat([repeated, torch.tensor(rows, dtype=ids.dtype)], dim=1)

@@ -1,12 +1,13 @@
 """The engine's settings: what `patch` takes, checked once."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any, TypedDict
 
 import torch
 
 from torch_rpa import sharding
+from torch_rpa.hf.names import unknown_names
 from torch_rpa.pages import best_page_size
 from torch_rpa.validation import PAGE_SIZES
 
@@ -14,6 +15,21 @@ from torch_rpa.validation import PAGE_SIZES
 DEFAULT_BUCKET_MULTIPLES = (1, 8, 32)
 XLA_STEPS = ("replay", "lazy", "openxla")
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+# What other servers call a setting.
+_NAMES_ELSEWHERE = {
+    "block_size": "write page_size",
+    "num_blocks": "write num_pages",
+    "max_model_len": "write max_seq_len",
+    "kv_cache_dtype": "write kv_dtype",
+}
+
+
+def engine_config(settings: dict[str, Any]) -> "EngineConfig":
+    """`EngineConfig(**settings)`. TypeError, with the nearest one, for a setting that does not exist."""
+    known = [field.name for field in fields(EngineConfig)]
+    if unknown := unknown_names(settings, known, _NAMES_ELSEWHERE):
+        raise TypeError(f"torch_rpa.hf.patch has no setting {unknown}; it has {', '.join(known)}")
+    return EngineConfig(**settings)
 
 
 def _is_count(value: object) -> bool:
@@ -50,7 +66,7 @@ class EngineConfig:
                     least max_num_seqs, so that pure decoding uses it, and the last bounds a prefill chunk. None:
                     1, 8 and 32 times max_num_seqs on an XLA device; on CPU tensors, where nothing is compiled,
                     steps are not padded at all
-    kv_dtype        dtype of the pages: None (the model's), torch.float8_e4m3fn or torch.float8_e5m2
+    kv_dtype        dtype of the pages, or its name: None (the model's), torch.float8_e4m3fn or torch.float8_e5m2
     prefix_caching  requests with a common prefix share the full pages of it
     xla_step        how a step runs on an XLA device: "replay" (traced once for each program), "lazy" (traced at every
                     step) or "openxla" (torch.compile with that backend)
@@ -66,7 +82,7 @@ class EngineConfig:
     max_num_seqs: int = 8
     max_seq_len: int | None = None
     token_buckets: tuple[int, ...] | None = None
-    kv_dtype: torch.dtype | None = None
+    kv_dtype: torch.dtype | str | None = None
     prefix_caching: bool = True
     xla_step: str = "replay"
     mesh: Any = None
@@ -74,8 +90,12 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         problems = [*self._problems_with_counts(), *self._problems_with_buckets()]
+        if isinstance(self.kv_dtype, str):
+            object.__setattr__(self, "kv_dtype", getattr(torch, self.kv_dtype, self.kv_dtype))
         if self.kv_dtype is not None and not isinstance(self.kv_dtype, torch.dtype):
-            problems.append(f"kv_dtype={self.kv_dtype!r} must be None or a torch.dtype")
+            problems.append(
+                f"kv_dtype={self.kv_dtype!r} must be None, or a torch.dtype such as float8_e4m3fn or its name"
+            )
         if self.xla_step not in XLA_STEPS:
             problems.append(f"xla_step={self.xla_step!r} must be one of {', '.join(XLA_STEPS)}")
         if problems:

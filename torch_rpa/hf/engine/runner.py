@@ -136,7 +136,9 @@ class ModelRunner:
 
     def _run(self, layout: BatchLayout, chunks: list[Chunk], rows: list[SampleRow] | None) -> list[tuple[int, float]]:
         self._announce(_program_name(layout.num_rows, rows is not None))
-        with nullcontext() if self.config.heads is None else sharding.using(self.config.heads), torch.no_grad():
+        # Not in the caller's inference mode: pages that are made in it cannot be updated outside.
+        heads = nullcontext() if self.config.heads is None else sharding.using(self.config.heads)
+        with heads, torch.inference_mode(False), torch.no_grad():
             self._make_ready()
             inputs = self._prepare(layout, chunks, rows)
             result, *logits = self._steps.run(layout, self._cache, inputs)
@@ -173,9 +175,9 @@ class ModelRunner:
     ) -> tuple[list[int], list[float]]:
         """With the whole vocabulary as candidates: exact for any parameters, and rarely needed."""
         vocab_size = logits.shape[-1]
-        result = sample(logits, unpack_sampling(numbers, bitmaps, vocab_size), vocab_size)
-        self._steps.materialise(result)
-        return _fetch(result)
+        return _fetch(
+            self._steps.evaluate(lambda: sample(logits, unpack_sampling(numbers, bitmaps, vocab_size), vocab_size))
+        )
 
 
 def _program_name(num_rows: int, samples: bool) -> str:

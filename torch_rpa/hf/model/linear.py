@@ -35,8 +35,10 @@ class _Linear(TorchFunctionMode):
 
 
 def _native(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """In float32 the native product: faster than torch's for few rows, and a row's bits do not depend on the others."""
-    product = native.linear if input.dtype == weight.dtype == torch.float32 else linear
+    """In float32 the native product: faster than torch's for few rows, and a row's bits do not depend on the others.
+    Under autocast torch's, which casts."""
+    is_float32 = input.dtype == weight.dtype == torch.float32
+    product = native.linear if is_float32 and not torch.is_autocast_enabled("cpu") else linear
     return product(input, weight, bias)
 
 
@@ -48,4 +50,4 @@ def _weight_first(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
     columns = weight @ input.flatten(0, -2).t()
     xm.optimization_barrier_([columns])  # or XLA turns the product round again
     out = columns.t().unflatten(0, input.shape[:-1])
-    return out if bias is None else out + bias
+    return out if bias is None else out + bias.to(out.dtype)  # which is autocast's

@@ -14,7 +14,7 @@ from torch_rpa.hf.api.gate import gate_of
 from torch_rpa.hf.api.generate import generate_batch
 from torch_rpa.hf.api.manager import continuous_batching_context_manager, init_continuous_batching, warmup
 from torch_rpa.hf.api.padded_generate import generate
-from torch_rpa.hf.engine.config import EngineConfig, Settings
+from torch_rpa.hf.engine.config import Settings, engine_config
 from torch_rpa.hf.model import attention, experts, tensor_parallel
 from torch_rpa.hf.patching import class_patch, keywords
 from torch_rpa.hf.patching.patched_model import PatchedModel
@@ -50,13 +50,14 @@ def patch(model, **settings: Unpack[Settings]):
     runs on the model; TypeError for a setting that does not exist or something that is no model. Nothing has been
     changed then.
     """
-    config = EngineConfig(**settings)
+    config = engine_config(settings)
     if isinstance(model, type) and issubclass(model, PreTrainedModel):
         unpatch(model)
         class_patch.patch_class(model, METHODS, partial(patch, **settings))
         return model
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"torch_rpa.hf.patch: model must be a transformers model or a class of them, got {model!r}")
+        got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TypeError(f"torch_rpa.hf.patch: model must be a transformers model or a class of them, got {got}")
     require_supported_model(model, config)
     if config.heads is not None:
         is_ours = is_patched(model) and gate_of(model).config.heads is not None

@@ -49,6 +49,7 @@ SUPPORTED_CLASSES = (
     "StableLmForCausalLM",
     "Starcoder2ForCausalLM",
 )
+_TABLE = "the table of models in torch_rpa's README"
 # They recompute their frequencies from the longest position in the batch: a sequence's result would depend on
 # its company, and one of them reads the position back to the host.
 BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -73,7 +74,7 @@ def require_supported_class(model_class: type[PreTrainedModel]) -> None:
 def _refuse(model_class: type, reasons: list[str]) -> None:
     if not _is_supported_class(model_class):
         reasons = reasons or ["this class has not been compared with transformers' own attention"]
-        reasons = [*reasons, f"supported are {', '.join(SUPPORTED_CLASSES)}"]
+        reasons = [*reasons, f"{_TABLE} lists the classes that are supported"]
     if reasons:
         raise NotImplementedError(f"torch_rpa.hf.patch: {model_class.__name__}: {'; '.join(reasons)}")
 
