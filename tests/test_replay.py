@@ -52,6 +52,7 @@ assert programs.count == 2
 """
 
 
+@pytest.mark.xla
 def test_an_evicted_program_says_so_and_nothing_is_lost():
     environment = os.environ | {"XLA_COMPILATION_CACHE_SIZE": "2"}
     result = subprocess.run([sys.executable, "-c", EVICTED], env=environment, capture_output=True, text=True)
