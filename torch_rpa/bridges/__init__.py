@@ -9,10 +9,10 @@ imported when its device is first asked for.
 
 import torch
 
-from torch_rpa.bridges.interface import Bridge, ProgramEvicted, Programs, TraceInterrupted
+from torch_rpa.bridges.interface import Bridge, Interrupted, ProgramEvicted, Programs, TraceInterrupted
 from torch_rpa.extras import from_extra
 
-__all__ = ["Bridge", "ProgramEvicted", "Programs", "TraceInterrupted", "of"]
+__all__ = ["Bridge", "Interrupted", "ProgramEvicted", "Programs", "TraceInterrupted", "of"]
 
 
 def of(device: torch.device | str) -> Bridge | None:

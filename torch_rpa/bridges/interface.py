@@ -14,14 +14,18 @@ class ProgramEvicted(RuntimeError):
     """The device's cache of programs has dropped one that was to be run again: trace it anew. Nothing has run."""
 
 
-class TraceInterrupted(RuntimeError):
-    """Another thread ran what is pending in the process while a program was traced: trace it anew. What the trace had
-    updated so far holds data again, maybe already updated.
+class Interrupted(RuntimeError):
+    """Another thread ran what was pending in the process, parts of this computation among it, and what the computation
+    was to update may be lost: compute it again, with that made anew."""
 
-    program_hash: of the trace, if it came to its end.
+
+class TraceInterrupted(Interrupted):
+    """The same while a program was traced, and nothing is lost: trace it again.
+
+    program_hash: of the trace.
     """
 
-    def __init__(self, program_hash: object = None) -> None:
+    def __init__(self, program_hash: object) -> None:
         super().__init__("another thread ran what was pending in the process while a program was traced")
         self.program_hash = program_hash
 
