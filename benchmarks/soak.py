@@ -82,6 +82,8 @@ def main() -> int:
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ.setdefault("PJRT_DEVICE", "CPU")
+    # Half of a trace that another thread's sync runs is a program, too, and PyTorch/XLA keeps so many.
+    os.environ.setdefault("XLA_COMPILATION_CACHE_SIZE", "64")
     logging.getLogger("torch_rpa").setLevel(logging.CRITICAL)  # it says what fails, which is on purpose here
     if args.part:
         return PARTS[args.part](args)

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import sys
 from functools import cache, partial
 from typing import TypeVar, Unpack, overload
 
@@ -43,7 +44,8 @@ def patch(model, **settings: Unpack[Settings]):
 
     Only this model changes (its config becomes a copy of its own, for models may share one), until `unpatch`.
     The cache is allocated at the first use, on the device the model is on then. Patching again replaces the
-    settings. Each model of a patched class is patched when one of the new methods is first called on it.
+    settings. Each model of a patched class is patched when one of the new methods is first called on it. Of a PEFT
+    model the model inside is patched; its adapters may be chosen or disabled at any time.
 
     Raises NotImplementedError, with every reason, for a model that cannot be served; ValueError for a bad
     setting, or heads that the chips of a mesh cannot share; RuntimeError for a mesh without SPMD, or while a manager
@@ -51,6 +53,9 @@ def patch(model, **settings: Unpack[Settings]):
     changed then.
     """
     config = engine_config(settings)
+    if is_peft_model(model):
+        patch(model.get_base_model(), **settings)
+        return model
     if isinstance(model, type) and issubclass(model, PreTrainedModel):
         unpatch(model)
         class_patch.patch_class(model, METHODS, partial(patch, **settings))
@@ -89,6 +94,9 @@ def unpatch(model):
     Waits for a generate_batch of another thread to end. A class takes the models with it that were patched for it.
     RuntimeError while a manager runs on the model, or inside its `pause`; nothing has been changed then.
     """
+    if is_peft_model(model):
+        unpatch(model.get_base_model())
+        return model
     if isinstance(model, type):
         class_patch.unpatch_class(model, METHODS, unpatch)
         return model
@@ -106,6 +114,12 @@ def unpatch(model):
         if is_sharded:
             tensor_parallel.unshard(model)
     return model
+
+
+def is_peft_model(model: object) -> bool:
+    """Whether PEFT has wrapped it; where nobody has imported PEFT, it has not."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel)
 
 
 def _bound(method, model: PreTrainedModel) -> partial:
