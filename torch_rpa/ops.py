@@ -98,18 +98,23 @@ def _specs(args) -> dict[str, ArgSpec]:
 
 
 def _check_values(args, sliding_window):
-    # .cpu() first: torch.compile(backend="openxla") takes .tolist() of an XLA tensor for an op to split the graph at.
     check_metadata(
-        args["kv_lens"].cpu().tolist(),
-        args["page_indices"].cpu().tolist(),
-        args["cu_q_lens"].cpu().tolist(),
-        args["num_seqs"].cpu().item(),
+        _on_host(args["kv_lens"]).tolist(),
+        _on_host(args["page_indices"]).tolist(),
+        _on_host(args["cu_q_lens"]).tolist(),
+        _on_host(args["num_seqs"]).item(),
         num_tokens=args["q"].shape[0],
         num_pages=args["kv_pages"].shape[0],
         page_size=args["kv_pages"].shape[1],
         sliding_window=sliding_window,
         writes="k" in args,
     )
+
+
+def _on_host(metadata):
+    """For its values. A copy on XLA: what is read of a lazy tensor becomes a constant of the program that is traced;
+    and .cpu() before .tolist(), which torch.compile(backend="openxla") takes for an op to split the graph at."""
+    return (metadata.clone() if metadata.device.type == "xla" else metadata).cpu()
 
 
 def _value_checks_asked() -> bool:
