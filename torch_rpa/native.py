@@ -18,8 +18,8 @@ from torch_rpa.options import AttentionOptions
 __all__ = ["HOW_TO_BUILD", "attend", "attend_update_", "is_available", "linear", "why_missing", "write_kv_pages_"]
 
 HOW_TO_BUILD = (
-    "install setuptools, a C++ compiler and Python's headers, and run `pip install --no-build-isolation .` in "
-    "torch_rpa's source tree"
+    "install setuptools, a C++ compiler and Python's headers, and run `pip install --no-build-isolation .`, or the "
+    "same with `uv pip`, in torch_rpa's source tree"
 )
 
 _INTERFACE = 2  # of the extension that these functions call; csrc_stub/module.cpp has the same number
@@ -181,7 +181,7 @@ def why_missing() -> str | None:
     try:
         extension = importlib.import_module("torch_rpa._C")
     except ImportError as error:  # not built, or built for another torch (undefined symbols)
-        return ": ".join([str(error), *_reason_of_build()])
+        return "; ".join([str(error), *_reason_of_build()])
     interface = getattr(extension, "interface", 0)
     if interface != _INTERFACE:
         return f"it was built from other sources: its interface is {interface}, not {_INTERFACE}"
@@ -191,4 +191,4 @@ def why_missing() -> str | None:
 def _reason_of_build() -> list[str]:
     """What setup.py left if it could not build the extension."""
     file = Path(__file__).with_name("no_native.txt")
-    return [file.read_text().strip()] if file.exists() else []
+    return [f"its build said: {file.read_text().strip()}"] if file.exists() else []

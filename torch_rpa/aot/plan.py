@@ -78,7 +78,7 @@ class Plan:
     def patch_settings(self) -> dict[str, object] | None:
         """The settings of ``torch_rpa.hf.patch`` that make the engine what is planned here; None if none do.
 
-        The mesh of several chips is left out, and the dtype of the cache is a name.
+        The mesh of several chips is left out.
         """
         if self.model.config is None or self.kv_dtype == "int8":
             return None

@@ -72,8 +72,6 @@ def _heading(plan: Plan) -> str:
 def _patch_call(plan: Plan) -> str:
     """What to type for the engine of a plan."""
     settings = {name: repr(value) for name, value in (plan.patch_settings or {}).items()}
-    if "kv_dtype" in settings:
-        settings["kv_dtype"] = f"torch.{plan.kv_dtype}"
     if plan.num_chips > 1:
         settings["mesh"] = "mesh"
     return f"torch_rpa.hf.patch(model, {', '.join(f'{name}={value}' for name, value in settings.items())})"

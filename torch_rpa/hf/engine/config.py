@@ -44,7 +44,7 @@ class Settings(TypedDict, total=False):
     max_num_seqs: int
     max_seq_len: int | None
     token_buckets: tuple[int, ...] | None
-    kv_dtype: torch.dtype | None
+    kv_dtype: torch.dtype | str | None
     prefix_caching: bool
     xla_step: str
     mesh: Any
