@@ -3,6 +3,9 @@
 import math
 from dataclasses import dataclass, replace
 
+# Sequences of up to so many rows are decoded, those of more are prefill. What a decoded row gives does not depend on
+# how many there are, bit for bit: that verifying drafts gives what decoding them would give rests on it.
+MOST_DECODE_ROWS = 16
 _LARGEST_FLOAT32 = 2.0**128 - 2.0**104
 
 
