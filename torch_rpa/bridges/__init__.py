@@ -2,6 +2,7 @@
 
     device.type   bridge       the device
     "xla"         torch_xla/   PyTorch/XLA: a TPU, or PJRT CPU for development
+    "tpu"         torch_tpu/   TorchTPU
 
 Nothing else in the package asks for a device's type to find its bridge. A bridge, and with it torch_xla and JAX, is
 imported when its device is first asked for.
@@ -16,8 +17,11 @@ __all__ = ["Bridge", "ProgramEvicted", "Programs", "of"]
 
 def of(device: torch.device | str) -> Bridge | None:
     """The bridge to a device; None for one that needs none: the CPU, and "meta"."""
-    if torch.device(device).type == "xla":
+    kind = device.type if isinstance(device, torch.device) else torch.device(device).type
+    if kind == "xla":
         from torch_rpa.bridges.torch_xla.bridge import BRIDGE
-
-        return BRIDGE
-    return None
+    elif kind == "tpu":
+        from torch_rpa.bridges.torch_tpu.bridge import BRIDGE
+    else:
+        return None
+    return BRIDGE
