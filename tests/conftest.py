@@ -5,6 +5,9 @@ Without a TPU the XLA device is PJRT CPU; ``PJRT_DEVICE=TPU pytest`` runs the sa
 """
 
 import os
+from importlib.util import find_spec
+
+from torchtpu import testbed
 
 os.environ.setdefault("PJRT_DEVICE", "CPU")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,15 +17,21 @@ if os.environ["PJRT_DEVICE"] == "CPU":
     # Each compiled program takes a few hundred memory maps; Linux gives a process 65530, and XLA crashes without.
     os.environ.setdefault("XLA_COMPILATION_CACHE_SIZE", "128")
 
+if testbed.is_installed():
+    testbed.prepare()
+
 import pytest
 
+# PyTorch/XLA and TorchTPU need different releases of torch, so an environment has one of them.
+BRIDGED = [device for device, package in (("xla", "torch_xla"), ("tpu", "torch_tpu")) if find_spec(package)]
 
-@pytest.fixture(params=["cpu", "xla"])
+
+@pytest.fixture(params=["cpu", *BRIDGED])
 def device(request):
     """Each device that the ops run on, a ``torch.device``."""
     import torch
 
-    return request.getfixturevalue("xla") if request.param == "xla" else torch.device("cpu")
+    return torch.device("cpu") if request.param == "cpu" else request.getfixturevalue(request.param)
 
 
 @pytest.fixture
@@ -32,6 +41,12 @@ def xla():
     import torch_xla  # noqa: F401  registers the device
 
     return torch.device("xla")
+
+
+@pytest.fixture(scope="session")
+def tpu():
+    """TorchTPU's device, on the test bed a CPU."""
+    return testbed.start()
 
 
 @pytest.fixture
