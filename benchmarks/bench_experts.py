@@ -54,7 +54,7 @@ def main() -> None:
     import torch_xla  # noqa: F401  registers the device
     from transformers.integrations.moe import batched_mm_experts_forward
 
-    from torch_rpa.hf.experts import all_experts
+    from torch_rpa.hf.model.experts import all_experts
 
     print("| MiB of temporaries, compiled for v6e | rows | every expert sees every row | batched_mm |")
     print("|---|---:|---:|---:|")

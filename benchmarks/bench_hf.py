@@ -95,7 +95,7 @@ def _print_row(row: Measurement) -> None:
 def engine(device: str, xla_step: str = "replay") -> Callable:
     def measure(way: str, requests: list, batch: int) -> Measurement:
         from torch_rpa import hf
-        from torch_rpa.hf.state import engine_of
+        from torch_rpa.hf.api.gate import engine_of
 
         model = _load(device)
         # One request is left, all decode, prompts beside them.

@@ -17,11 +17,11 @@ import torch
 from tqdm import tqdm
 
 from torch_rpa import hf
-from torch_rpa.hf.batch import BatchLayout
-from torch_rpa.hf.cache import PagedKVCache
-from torch_rpa.hf.page_allocator import pages_for
-from torch_rpa.hf.scheduler import Chunk
-from torch_rpa.hf.sequence import Sequence
+from torch_rpa.hf.engine.batch import BatchLayout
+from torch_rpa.hf.engine.page_allocator import pages_for
+from torch_rpa.hf.engine.scheduler import Chunk
+from torch_rpa.hf.engine.sequence import Sequence
+from torch_rpa.hf.model.cache import PagedKVCache
 
 PAGE_SIZE = 16
 CHUNK_TOKENS = 128

@@ -10,7 +10,7 @@ import torch_rpa
 from torch_rpa.private_names import PrivateNames
 
 PACKAGE = Path(torch_rpa.__file__).parent
-TABLES = {"names.py", "jax_names.py"}
+TABLES = {"names.py", "jax_names.py", "_transformers.py"}
 
 
 def test_the_installed_torch_xla_has_every_private_name():
@@ -25,6 +25,13 @@ def test_the_installed_jax_has_every_private_name():
     from torch_rpa.jax_names import jax_names
 
     assert jax_names.missing() == []
+
+
+def test_the_installed_transformers_has_every_private_name():
+    pytest.importorskip("transformers")
+    from torch_rpa.hf._transformers import names
+
+    assert names.missing() == []
 
 
 def test_names_that_a_release_has_taken_away_are_named():
@@ -46,7 +53,10 @@ def code_of(path):
     return ast.unparse(tree)
 
 
-PRIVATE = re.compile(r"_XLAC|torch_xla\._|torch_tpu\._|jax\._src|jaxlib\._|xla_client|unittest.mock|\bmock\b")
+PRIVATE = re.compile(
+    r"_XLAC|torch_xla\._|torch_tpu\._|jax\._src|jaxlib\._|xla_client|unittest.mock|\bmock\b"
+    r"|transformers\.(?:generation|integrations|modeling)|\._(?:attn|experts|can_set|prepare)_"
+)
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -105,7 +105,7 @@ def _describe(device: str) -> str:
 
 def _patch_and_answer(model, tokenizer, args: argparse.Namespace) -> None:
     from torch_rpa import hf
-    from torch_rpa.hf.state import engine_of
+    from torch_rpa.hf.api.gate import engine_of
 
     hf.patch(model, token_buckets=TOKEN_BUCKETS)
     engine = engine_of(model)

@@ -8,9 +8,9 @@ from functools import cache
 from tiny_models import FAMILIES, make_model
 
 from benchmarks.readme import README, with_table
-from torch_rpa.hf import layers
-from torch_rpa.hf.cache import kv_source_layers
-from torch_rpa.hf.layers import AttentionCall
+from torch_rpa.hf.model import layers
+from torch_rpa.hf.model.heads import kv_source_layers
+from torch_rpa.hf.model.layers import AttentionCall
 
 
 @cache

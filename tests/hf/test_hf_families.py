@@ -10,9 +10,9 @@ from transformers import AttentionInterface
 
 from benchmarks.readme import README, with_table
 from torch_rpa import hf
-from torch_rpa.hf import attention, experts
-from torch_rpa.hf.cache import PagedKVCache
-from torch_rpa.hf.support import SUPPORTED_CLASSES
+from torch_rpa.hf.model import attention, experts
+from torch_rpa.hf.model.cache import PagedKVCache
+from torch_rpa.hf.patching.support import SUPPORTED_CLASSES
 
 # Shorter and longer than every window (5 to 7 tokens), than a page, and than a step.
 PROMPTS = make_prompts(3, 40, 9, 21)
@@ -123,7 +123,7 @@ def test_layers_that_share_keys_and_values_have_no_pages_of_their_own():
 
 
 def test_sharing_with_another_layer_shows_in_the_tokens(monkeypatch):
-    monkeypatch.setattr("torch_rpa.hf.cache.kv_source_layers", lambda config: [0, 1, 1, 0])
+    monkeypatch.setattr("torch_rpa.hf.model.cache.kv_source_layers", lambda config: [0, 1, 1, 0])
     model = hf.patch(make_model("gemma3n"), **SETTINGS)
     assert patched_answers(model, PROMPTS) != plain_answers("gemma3n")[0]
 

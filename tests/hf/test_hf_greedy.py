@@ -8,7 +8,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
 from torch_rpa import hf, native
-from torch_rpa.hf.state import engine_of
+from torch_rpa.hf.api.gate import engine_of
 
 
 def test_prompt_longer_than_a_step_gives_the_same_tokens_as_in_one_piece():

@@ -15,7 +15,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import RequestStatus
 
 from torch_rpa import hf
-from torch_rpa.hf.state import engine_of
+from torch_rpa.hf.api.gate import engine_of
 
 SETTINGS = {"page_size": 8, "num_pages": 24, "max_num_seqs": 4, "token_buckets": (4, 32)}
 
@@ -135,22 +135,6 @@ def test_a_handler_gets_the_outputs_on_its_event_loop(manager):
     assert asyncio.run(ask()) == [expected[: n + 1] for n in range(5)]
 
 
-def test_a_failing_step_fails_every_request_with_the_reason(model, monkeypatch):
-    manager = model.init_continuous_batching()
-    monkeypatch.setattr(engine_of(model).runner, "run", lambda chunks: 1 / 0)
-    ids = manager.add_requests([[1, 2], [3]], max_new_tokens=5)
-    manager.start()
-    for request_id in ids:
-        output = manager.get_result(request_id)
-        assert (output.status, output.error) == (RequestStatus.FAILED, "ZeroDivisionError: division by zero")
-    manager.join()
-    with pytest.raises(RuntimeError, match="has failed") as error:
-        manager.add_request([1])
-    assert isinstance(error.value.__cause__, ZeroDivisionError)
-    monkeypatch.undo()
-    assert len(model.generate_batch([[1, 2]], max_new_tokens=3)) == 1  # the engine is free again
-
-
 def test_a_hard_stop_fails_what_is_left(model):
     manager = model.init_continuous_batching()
     manager.start()
@@ -192,17 +176,8 @@ def test_no_step_runs_in_a_pause(manager):
     assert len(manager.get_result(request_id, timeout=60).generated_tokens) == 100
 
 
-def test_unpatching_fails_the_requests_of_a_running_manager(model):
-    manager = model.init_continuous_batching()
-    manager.start()
-    request_id = manager.add_request([1], max_new_tokens=150)
-    hf.unpatch(model)
-    assert "attention is" in manager.get_result(request_id).error
-    manager.join()
-
-
 def test_a_full_queue_says_so(model, monkeypatch):
-    monkeypatch.setattr("torch_rpa.hf.manager.QUEUE_TIMEOUT", 0.01)
+    monkeypatch.setattr("torch_rpa.hf.api.session.QUEUE_TIMEOUT", 0.01)
     manager = model.init_continuous_batching(None, ContinuousBatchingConfig(max_queue_size=1))
     manager.add_request([1])
     with pytest.raises(queue.Full):

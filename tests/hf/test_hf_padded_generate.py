@@ -6,7 +6,7 @@ from tiny_models import VOCAB_SIZE, make_model, make_prompts
 from transformers import GenerationConfig
 
 from torch_rpa import hf
-from torch_rpa.hf.state import engine_of
+from torch_rpa.hf.api.gate import engine_of
 
 
 def padded(prompts: list[list[int]], pad: int = 0) -> dict[str, torch.Tensor]:

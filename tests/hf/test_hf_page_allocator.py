@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from torch_rpa.hf.page_allocator import PageAllocator, page_key
+from torch_rpa.hf.engine.page_allocator import PageAllocator, page_key
 
 
 def chain(*blocks: int) -> list[bytes]:

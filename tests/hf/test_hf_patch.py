@@ -15,7 +15,7 @@ from tiny_models import FAMILIES, make_config, make_model, make_prompts, plain_g
 from transformers import LlamaForCausalLM, MistralForCausalLM
 
 from torch_rpa import hf
-from torch_rpa.hf.state import engine_of
+from torch_rpa.hf.api.gate import engine_of
 
 
 def test_unpatch_restores_the_model():
@@ -249,7 +249,7 @@ def test_saved_config_does_not_mention_the_patch(family, tmp_path):
 
 
 def test_default_pool_is_logged(caplog):
-    caplog.set_level("INFO", logger="torch_rpa.hf.cache")
+    caplog.set_level("INFO", logger="torch_rpa.hf.engine.pool")
     engine = engine_of(hf.patch(make_model(), page_size=16, max_num_seqs=3, token_buckets=(8,)))
     assert engine.allocator.num_pages == 3 * 256 // 16
     assert "chose 48 pages of 16 tokens, 3 sequences of 256 tokens" in caplog.text
@@ -257,9 +257,10 @@ def test_default_pool_is_logged(caplog):
 
 def call_with_batch(model, **kwargs):
     """One hand-made step over three tokens of one sequence."""
-    from torch_rpa.hf.attention import RaggedBatch
+    from torch_rpa.hf.model.attention import RaggedBatch
+    from torch_rpa.hf.model.cache import PagedKVCache
 
-    cache = engine_of(model).runner._ready_cache()
+    cache = PagedKVCache(model, 4, 16, model.dtype)
     batch = RaggedBatch(
         cache=cache,
         kv_lens=torch.tensor([3], dtype=torch.int32),
@@ -321,7 +322,7 @@ def test_what_does_not_concern_the_attention_is_taken():
 
 
 def test_attention_refuses_dropout_and_several_rows():
-    from torch_rpa.hf.attention import paged_attention
+    from torch_rpa.hf.model.attention import paged_attention
 
     q, kv = torch.zeros(2, 4, 3, 16), torch.zeros(2, 2, 5, 16)
     with pytest.raises(NotImplementedError, match=r"not 2 rows; 5 keys for 3 queries.*; dropout=0\.5 is for training"):

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from torch_rpa import hf
-from torch_rpa.hf.state import engine_of
+from torch_rpa.hf.api.gate import engine_of
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_request_that_just_fits_runs(model):
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be an integer of at least 1"),
         ({"max_new_tokens": 2.5}, "max_new_tokens=2.5 must be an integer of at least 1"),
         ({"generation_config": GenerationConfig(max_length=2)}, "3 prompt tokens leave none of max_length=2"),
-        ({"max_new_tokens": 3, "seed": -1}, "seed=-1 must be None or an integer of at least 0"),
+        ({"max_new_tokens": 3, "seed": -1}, "seed=-1 must be an integer of at least 0"),
     ],
 )
 def test_bad_limit_or_seed_is_a_value_error(model, kwargs, message):
@@ -150,12 +150,12 @@ def test_after_an_interruption_the_next_call_starts_afresh(model, error, monkeyp
     runner = engine_of(model).runner
     real_run, num_runs = runner.run, 0
 
-    def run(chunks):
+    def run(chunks, rows):
         nonlocal num_runs
         num_runs += 1
         if num_runs == 3:
             raise error
-        return real_run(chunks)
+        return real_run(chunks, rows)
 
     monkeypatch.setattr(runner, "run", run)
     with pytest.raises(error):
@@ -166,7 +166,7 @@ def test_after_an_interruption_the_next_call_starts_afresh(model, error, monkeyp
 
 
 def test_an_error_in_the_progress_bar_frees_the_pages_too(model, monkeypatch):
-    import torch_rpa.hf.generate as module
+    import torch_rpa.hf.api.generate as module
 
     class BrokenBar(module.tqdm):
         def update(self, n=1):

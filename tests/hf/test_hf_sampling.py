@@ -14,7 +14,8 @@ from transformers import (
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from torch_rpa import hf
-from torch_rpa.hf.sampling import (
+from torch_rpa.hf.api.gate import engine_of
+from torch_rpa.hf.engine.sampling import (
     GREEDY,
     UNDECIDED,
     SampleInputs,
@@ -27,8 +28,7 @@ from torch_rpa.hf.sampling import (
     sample_greedy,
     unpack_sampling,
 )
-from torch_rpa.hf.state import engine_of
-from torch_rpa.hf.stop_strings import StopStrings
+from torch_rpa.hf.engine.stop_strings import StopStrings
 
 
 def sampled(**kwargs) -> SamplingParams:
@@ -218,7 +218,7 @@ def test_return_sequences_are_sampled_independently_and_named_as_transformers_na
 
 def test_a_nucleus_wider_than_the_candidates_is_sampled_all_the_same(monkeypatch, device):
     """The step says that it could not decide, and is sampled again from the whole vocabulary."""
-    from torch_rpa.hf import runner
+    from torch_rpa.hf.engine import runner
 
     config = GenerationConfig(do_sample=True, temperature=50.0, top_k=0, top_p=0.9, max_new_tokens=6)
     model, prompts = hf.patch(make_model().to(device)), make_prompts(5, 9)

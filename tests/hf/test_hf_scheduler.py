@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torch_rpa.hf.batch import BatchLayout
-from torch_rpa.hf.page_allocator import PageAllocator
-from torch_rpa.hf.scheduler import Chunk, Scheduler
-from torch_rpa.hf.sequence import Sequence
+from torch_rpa.hf.engine.batch import BatchLayout
+from torch_rpa.hf.engine.page_allocator import PageAllocator
+from torch_rpa.hf.engine.scheduler import Chunk, Scheduler
+from torch_rpa.hf.engine.sequence import Sequence
 
 
 def make_sequence(num_prompt: int, max_new_tokens: int, name: str = "") -> Sequence:

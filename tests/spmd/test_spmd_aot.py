@@ -10,10 +10,10 @@ from tiny_models import make_model
 
 from torch_rpa import bridges, hf, sharding
 from torch_rpa.aot import graph, whole_model
-from torch_rpa.hf.batch import BatchLayout
-from torch_rpa.hf.cache import PagedKVCache
-from torch_rpa.hf.state import state_of
-from torch_rpa.hf.step import run_step
+from torch_rpa.hf.api.gate import gate_of
+from torch_rpa.hf.engine.batch import BatchLayout
+from torch_rpa.hf.engine.step import run_step
+from torch_rpa.hf.model.cache import PagedKVCache
 
 PAGE_SIZE, NUM_PAGES, TOKENS, SEQS, PAGES_PER_SEQ = 16, 32, 32, 4, 8
 ON_TPU = {"head_dim": 64, "num_key_value_heads": 4}
@@ -23,7 +23,7 @@ def traced_with_weights(model, mesh):
     model = model.to("xla")
     model.tie_weights()  # which `to` undoes
     hf.patch(model, mesh=mesh, page_size=PAGE_SIZE)
-    with graph.traced_for("v5e"), sharding.using(state_of(model).config.heads):
+    with graph.traced_for("v5e"), sharding.using(gate_of(model).config.heads):
         cache = PagedKVCache(model, NUM_PAGES, PAGE_SIZE, torch.bfloat16)
         layout = BatchLayout(TOKENS, SEQS, PAGES_PER_SEQ)
         packed = torch.from_numpy(layout.pack([])).to("xla")

@@ -15,7 +15,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 import torch_rpa
 from torch_rpa import bridges, hf
-from torch_rpa.hf.state import engine_of
+from torch_rpa.hf.api.gate import engine_of
 from torch_rpa.sharding import sharding_of
 
 SETTINGS = {"page_size": 8, "max_num_seqs": 4, "token_buckets": (4, 32)}

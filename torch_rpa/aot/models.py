@@ -91,12 +91,13 @@ def _config(name: str):
 
 
 def _layers(model) -> dict[LayerKind, int]:
-    from torch_rpa.hf.cache import kv_source_layers
-    from torch_rpa.hf.layers import attention_calls
-    from torch_rpa.hf.support import require_supported_architecture
+    from torch_rpa.hf._transformers import can_set_experts
+    from torch_rpa.hf.model.heads import kv_source_layers
+    from torch_rpa.hf.model.layers import attention_calls
+    from torch_rpa.hf.patching.support import require_supported_architecture
 
     require_supported_architecture(model)
-    if model._can_set_experts_implementation():
+    if can_set_experts(model):
         model.set_experts_implementation("batched_mm")  # the default cuts rows by values, which meta tensors have not
     sources = kv_source_layers(model.config)
     calls = enumerate(attention_calls(model))

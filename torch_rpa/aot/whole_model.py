@@ -100,16 +100,16 @@ def traced_step(config, chip, num_chips, *, num_pages, page_size, max_tokens, ma
     import torch_rpa.hf
     from torch_rpa import sharding
     from torch_rpa.aot import graph
-    from torch_rpa.hf.batch import BatchLayout
-    from torch_rpa.hf.cache import PagedKVCache
-    from torch_rpa.hf.state import state_of
-    from torch_rpa.hf.step import run_step
+    from torch_rpa.hf.api.gate import gate_of
+    from torch_rpa.hf.engine.batch import BatchLayout
+    from torch_rpa.hf.engine.step import run_step
+    from torch_rpa.hf.model.cache import PagedKVCache
 
     mesh, kv_dtype = _mesh(num_chips), getattr(torch, kv_dtype)
     settings = {"page_size": page_size, "num_pages": num_pages, "max_num_seqs": max_seqs, "kv_dtype": kv_dtype}
     with torch.no_grad(), graph.traced_for(chip), graph.without_memory() as shardings:
         model = torch_rpa.hf.patch(_without_memory(config), mesh=mesh, **settings)
-        with sharding.using(state_of(model).config.heads):
+        with sharding.using(gate_of(model).config.heads):
             kv_cache = PagedKVCache(model, num_pages, page_size, kv_dtype)
             layout = BatchLayout(max_tokens, max_seqs, pages_per_seq)
             tokens = run_step(model, layout, kv_cache, graph.placeholder((sum(layout.sizes),), torch.int32))
