@@ -5,8 +5,8 @@ Without a TPU the XLA device is PJRT CPU; ``PJRT_DEVICE=TPU pytest`` runs the sa
 """
 
 import os
-from importlib.util import find_spec
 
+from devices import BRIDGED
 from torchtpu import testbed
 
 os.environ.setdefault("PJRT_DEVICE", "CPU")
@@ -22,9 +22,6 @@ if testbed.is_installed():
 
 import pytest
 
-# PyTorch/XLA and TorchTPU need different releases of torch, so an environment has one of them.
-BRIDGED = [device for device, package in (("xla", "torch_xla"), ("tpu", "torch_tpu")) if find_spec(package)]
-
 
 @pytest.fixture(params=["cpu", *BRIDGED])
 def device(request):
@@ -38,7 +35,8 @@ def device(request):
 def xla():
     """The XLA device: PJRT CPU, or a TPU where there is one."""
     import torch
-    import torch_xla  # noqa: F401  registers the device
+
+    pytest.importorskip("torch_xla", reason="PyTorch/XLA has an environment of its own")  # registers the device
 
     return torch.device("xla")
 

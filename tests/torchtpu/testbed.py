@@ -1,6 +1,6 @@
 """TorchTPU without a TPU: its device "tpu" is a CPU here, and its programs are compiled for TPUs that are not there.
 
-``make venv-torchtpu`` puts a CPU plugin of PJRT beside TorchTPU, behind ``plugin.cpp``, which TorchTPU takes for libtpu.
+``make venv-torchtpu`` puts a CPU plugin of PJRT beside TorchTPU, behind ``plugin.cpp``, which it takes for libtpu.
 So eager mode, torch.compile, donation and whole models run, with the numbers of XLA on a CPU. Every program is written
 down before it is compiled, and ``compiled_for`` has the real libtpu compile it for a chip.
 
@@ -16,7 +16,6 @@ import tempfile
 import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
-from math import prod
 from pathlib import Path
 
 FOLDER = Path(sys.prefix, "testbed")

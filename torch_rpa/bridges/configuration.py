@@ -1,6 +1,8 @@
 """What fixes a lowered call of an op: shapes, dtypes and options, never the values of a tensor."""
 
 import os
+from collections.abc import Callable
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -36,8 +38,21 @@ class Configuration(NamedTuple):
         kernel = os.environ.get("TORCH_RPA_XLA_KERNEL", "auto")
         return cls(op, specs, tuple(options.items()), kernel, targets.chosen())
 
-    def check(self) -> None:
-        """Raise what the static checks raise, and ValueError for an unknown kernel. It must have a target."""
+    def for_target(self, device_target: Callable[[], Target]) -> "Configuration":
+        """With a target, which without one of its own is the device's, and checked.
+
+        Raises:
+            ImportError: JAX is not installed.
+            ValueError, TypeError, NotImplementedError: what the static checks raise.
+        """
+        if find_spec("jax") is None:
+            device = self.specs[0][3].type
+            raise ImportError(f"torch_rpa needs JAX for {device.upper()} tensors; pip install 'torch_rpa[{device}]'")
+        configuration = self._replace(target=self.target or device_target())
+        configuration._check()
+        return configuration
+
+    def _check(self) -> None:
         args = {
             name: ArgSpec(tuple(shape), dtype_name(dtype), str(device)) for name, shape, dtype, device in self.specs
         }
@@ -48,14 +63,8 @@ class Configuration(NamedTuple):
 
     def as_function(self):
         """A JAX function of the tensors in order, and their ``jax.ShapeDtypeStruct``s. It must have a target."""
-        try:
-            import jax
-            import jax.numpy as jnp
-        except ModuleNotFoundError as error:
-            extra = self.specs[0][3].type
-            raise ImportError(
-                f"torch_rpa needs JAX for {extra.upper()} tensors; pip install 'torch_rpa[{extra}]'"
-            ) from error
+        import jax
+        import jax.numpy as jnp
 
         from torch_rpa import kernels
 

@@ -57,8 +57,7 @@ def target() -> Target:
 @lru_cache(maxsize=MAX_LOWERED_CALLS)
 def _kernel(configuration: Configuration, donated: tuple[int, ...]) -> Kernel:
     """Lowers a call and registers it; checks it first."""
-    configuration = configuration._replace(target=configuration.target or target())
-    configuration.check()
+    configuration = configuration.for_target(target)
     function, shapes = configuration.as_function()
     from torch_rpa import jax_names
 

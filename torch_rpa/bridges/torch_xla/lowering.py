@@ -33,8 +33,7 @@ def call(op: str, args: dict[str, torch.Tensor], options: dict) -> list[torch.Te
 @lru_cache(maxsize=MAX_LOWERED_CALLS)
 def _computation(configuration: Configuration):
     """The lowered computation; checks the call first."""
-    configuration = configuration._replace(target=configuration.target or device.target())
-    configuration.check()
+    configuration = configuration.for_target(device.target)
     return xb.computation_from_module_proto(f"rpa_{configuration.op}", hlo_of(configuration))
 
 
