@@ -9,6 +9,9 @@ VENV_TORCHTPU := .venv-torchtpu
 PYTHON ?= python3.11
 PYTHON_CANDIDATES := $(PYTHON) $(if $(filter file,$(origin PYTHON)),python3)
 UV_VERSION := 0.13.9
+# Of `make test-torch`: the newest that the package is known to work with.
+TORCH ?= 2.14.1
+TEST_PACKAGES := expecttest hypothesis mypy ninja pytest pytest-xdist
 # A TPU belongs to one process; elsewhere two of one thread each are faster than one of two.
 TEST_PROCESSES ?= $(if $(filter TPU,$(PJRT_DEVICE)),0,2)
 # Tests take from milliseconds to minutes, so a process without work takes some from the other.
@@ -37,7 +40,8 @@ TORCHTPU_TESTS := tests/torchtpu $(addprefix tests/test_,attention.py update.py 
 NATIVE_SOURCES := $(wildcard csrc_stub/*.cpp csrc_stub/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-next venv-torchtpu demo test test-next test-torchtpu lint format bench soak bench-tpu family-table aot-matrix compile-matrix clean distclean
+.PHONY: help venv venv-next venv-torchtpu demo test test-next test-torchtpu test-torch test-install lint format bench
+.PHONY: soak bench-tpu family-table settings-table aot-matrix compile-matrix clean distclean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -67,6 +71,23 @@ test-torchtpu: $(TESTBED_LIBRARY) ## run the ops' tests, and those of TorchTPU, 
 	@TORCH_RPA_NATIVE=0 OMP_NUM_THREADS=1 $(VENV_TORCHTPU)/bin/python -m pytest -n 2 --dist=worksteal \
 	  $(or $(ARGS),$(TORCHTPU_TESTS))
 
+# In a copy, for the extension of a source tree is that of one torch.
+test-torch: $(BIN)/python ## run the tests that need no torch_xla with another torch, in .venv-torch (TORCH=2.14.1)
+	@$(call new_environment,.venv-torch)
+	@$(call install,.venv-torch) torch==$(TORCH) numpy packaging setuptools wheel $(TEST_PACKAGES)
+	@.venv-torch/bin/python -c 'from setuptools import build_meta; build_meta.build_sdist(".venv-torch")' >/dev/null
+	@tar -xzf .venv-torch/torch_rpa-*.tar.gz -C .venv-torch --transform 's|^[^/]*|source|'
+	@cd .venv-torch/source && export PATH="$(CURDIR)/.venv-torch/bin:$$PATH" OMP_NUM_THREADS=1 && \
+	  { TORCH_RPA_REQUIRE_NATIVE=1 python setup.py build_ext --inplace >build.log 2>&1 || { cat build.log; exit 1; }; } && \
+	  python -m pytest -n $(TEST_PROCESSES) -m "not xla" $(ARGS)
+
+test-install: $(BIN)/python ## install as README says, in .venv-install, and run an op there (TORCH_INDEX=URL: where torch is)
+	@$(call new_environment,.venv-install)
+	@$(call install,.venv-install) torch==2.9.0 setuptools $(TORCH_INDEX:%=--index-url %)
+	@$(call install,.venv-install) --no-build-isolation ".[xla,hf]"
+	cd .. && $(CURDIR)/.venv-install/bin/python -m torch_rpa.info
+	for device in cpu xla; do .venv-install/bin/python tests/one_op.py $$device || exit 1; done
+
 lint: $(PACKAGES_STAMP) ## check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -87,6 +108,9 @@ soak: $(INSTALL_STAMP) ## serve thousands of random requests on XLA, with faults
 family-table: $(INSTALL_STAMP) ## write the README's table of models from the tests' families
 	@PYTHONPATH=. $(BIN)/python tests/hf/family_table.py
 
+settings-table: $(INSTALL_STAMP) ## write docs/generation_settings.md: how each setting of transformers is taken
+	@PYTHONPATH=. $(BIN)/python tests/hf/settings_table.py
+
 bench-tpu: $(INSTALL_STAMP) $(PEER_STAMP) ## model the TPU kernel's time on v6e, v5e and 7x, beside its peers (they need tpusim)
 	@$(BIN)/python -m benchmarks.bench_tpu_model --chip v6e v5e 7x --kernels ours v2 v3 $(ARGS)
 
@@ -97,11 +121,17 @@ compile-matrix: $(INSTALL_STAMP) ## compile the TPU kernel for every chip, model
 	@$(BIN)/python -m benchmarks.compile_matrix $(ARGS)
 
 clean: ## remove builds and caches, keep .venv
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis torch_rpa/_C.*.so $(INSTALL_STAMP)
-	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis torch_rpa/_C.*.so torch_rpa/no_native.txt $(INSTALL_STAMP)
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +
 
 distclean: clean ## remove the environments, too
-	rm -rf $(VENV) $(VENV_NEXT) $(VENV_TORCHTPU)
+	rm -rf .venv .venv-*
+
+# $(call new_environment,folder) and $(call install,folder) PACKAGES, with uv where it is.
+new_environment = if command -v uv >/dev/null 2>&1; then uv venv --quiet --clear --seed --python $(BIN)/python $(1); \
+  else $(BIN)/python -m venv --clear $(1); fi
+install = $$(if command -v uv >/dev/null 2>&1; then echo uv pip install --python $(1)/bin/python; \
+  else echo $(1)/bin/python -m pip install --disable-pip-version-check; fi)
 
 # ---- Set-up -----------------------------------------------------------------------------------------------------
 

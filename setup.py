@@ -1,7 +1,9 @@
 """Build torch_rpa: pure Python, and the native extension `torch_rpa._C` where torch and a compiler are there.
 
 The extension is optional: when it cannot be built, one message says why and the package is installed without
-it. TORCH_RPA_REQUIRE_NATIVE=1 makes that an error. All metadata is in pyproject.toml.
+it. Installers show no message of a build that succeeds, so the package carries the reason too, for the warning at the
+first use and for `python -m torch_rpa.info`. TORCH_RPA_REQUIRE_NATIVE=1 makes it an error. All metadata is in
+pyproject.toml.
 """
 
 import os
@@ -17,6 +19,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 NAME = "torch_rpa._C"
+REASON_FILE = "torch_rpa/no_native.txt"  # why there is no extension; torch_rpa/native.py reads it
 SOURCES = [
     "csrc_stub/module.cpp",
     "csrc_stub/attention_op.cpp",
@@ -45,10 +48,10 @@ CPU_CAPABILITIES = {
     ],
 }
 # Without OpenMP at::parallel_for would be a serial loop; in use, torch and the extension share one libgomp.
+# The C++ standard is the one that torch's build_ext adds, which its headers need: 17 for torch 2.9, 20 for 2.14.
 # If maths functions had to set errno, std::lrint would be a library call for each element.
 # A division or comparison that could trap keeps the compiler from making vectors of a loop.
 COMPILE_FLAGS = [
-    "-std=c++17",
     "-O3",
     "-g0",
     "-fopenmp",
@@ -66,15 +69,17 @@ class OptionalBuildExt(build_ext):
     """
 
     def run(self):
+        self.remove_earlier(REASON_FILE)
         try:
             self.build_with_torch()
         except Exception as error:  # a compiler may be absent, too old, without headers, killed ...
-            self.remove_earlier_libraries()
+            self.remove_earlier(self.get_ext_filename(NAME))  # lest it is packaged or imported as if it were new
             self.extensions = []  # nothing to copy or to package
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             if os.environ.get("TORCH_RPA_REQUIRE_NATIVE") == "1":
                 sys.exit(f"error: the native extension of torch_rpa cannot be built: {reason}")
             report_pure_python(reason)
+            self.keep(reason)
 
     def build_with_torch(self):
         """Build into the folders that this command was given; raises whatever goes wrong."""
@@ -98,12 +103,19 @@ class OptionalBuildExt(build_ext):
         builder.ensure_finalized()
         builder.run()
 
-    def remove_earlier_libraries(self):
-        """Take an earlier build's library away, lest it is packaged or imported as if it were new."""
-        file_name = self.get_ext_filename(NAME)
-        Path(self.build_lib, file_name).unlink(missing_ok=True)
-        if self.editable_mode:
-            Path(file_name).unlink(missing_ok=True)
+    def folders(self):
+        """Where the package's files go: to be packaged, and the source tree where it is to be imported from there."""
+        return [Path(self.build_lib), *[Path()] * bool(self.editable_mode or self.inplace)]
+
+    def remove_earlier(self, file_name):
+        """Take away what an earlier build left."""
+        for folder in self.folders():
+            (folder / file_name).unlink(missing_ok=True)
+
+    def keep(self, reason):
+        for folder in self.folders():
+            (folder / REASON_FILE).parent.mkdir(parents=True, exist_ok=True)
+            (folder / REASON_FILE).write_text(reason + "\n")
 
 
 def capabilities():
@@ -170,8 +182,8 @@ def report_pure_python(reason):
     print(
         "torch_rpa: building WITHOUT the native extension; the package works in pure Python, slower on CPU\n"
         f"  reason: {reason}\n"
-        "  to build it: install torch, a C++17 compiler and Python's headers, then\n"
-        "    `pip install --no-build-isolation .`\n"
+        "  to build it: install torch, setuptools, a C++ compiler and Python's headers, then\n"
+        "    `pip install --no-build-isolation .`, or the same with `uv pip`, which hides torch from isolated builds\n"
         "  (TORCH_RPA_REQUIRE_NATIVE=1 makes this an error)",
         file=sys.stderr,
         flush=True,

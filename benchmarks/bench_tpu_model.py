@@ -28,7 +28,7 @@ from benchmarks import peers
 from torch_rpa import tpu_time, workloads
 from torch_rpa.aot import OpCase, compile_report
 from torch_rpa.aot.times import scalars
-from torch_rpa.kernels.chips import CHIPS
+from torch_rpa.chips import CHIPS
 
 REPO = Path(__file__).parents[1]
 MODELLED = REPO / "torch_rpa" / "modelled.json"

@@ -32,7 +32,7 @@ FACTORS = {
 }
 COLUMNS = ("source", *FACTORS, "error", "seconds", "vmem_mib", "copies", "in_place")
 # What decides how a case compiles.
-SOURCES = ("kernels/*.py", "aot/op.py", "mask.py", "options.py", "validation.py", "workloads.py")
+SOURCES = ("kernels/*.py", "chips.py", "aot/op.py", "mask.py", "options.py", "validation.py", "workloads.py")
 # And what its modelled time comes from.
 TIMED_SOURCES = (*SOURCES, "aot/times.py", "tpu_time/*.py")
 

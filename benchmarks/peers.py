@@ -19,7 +19,7 @@ import numpy as np
 
 from torch_rpa import aot, workloads
 from torch_rpa.aot import OpCase
-from torch_rpa.kernels.chips import named
+from torch_rpa.chips import named
 
 REPO = Path(__file__).parents[1]
 NEXT_PYTHON = REPO / ".venv-next" / "bin" / "python"

@@ -246,6 +246,8 @@ def take(manager, kind: int, request_id: str, counts: Counts, bar: tqdm) -> None
     elif output.error is not None:
         kinds = {"cancelled": "cancelled", "Fault: a forward": "failed"}
         counts.add(kinds.get(output.error, "broken"), bar)
+        if output.error not in kinds:
+            bar.write(f"request {request_id}: {output.error}")
     else:
         counts.add("answered", bar)
         with counts.lock:
@@ -292,8 +294,10 @@ def raising_tokenizer(manager, rng: random.Random, kind: int) -> str:
     def decode(ids):
         raise Fault("a tokenizer")
 
-    request = {**request_of(kind), "stop_strings": ["x"], "tokenizer": SimpleNamespace(decode=decode)}
-    error = manager.get_result(manager.add_request(**request), timeout=WAIT).error
+    request_id = manager.add_request(
+        request_of(kind)["input_ids"], max_new_tokens=9, stop_strings=["x"], tokenizer=SimpleNamespace(decode=decode)
+    )
+    error = manager.get_result(request_id, timeout=WAIT).error
     return "own_fault" if error in ("Fault: a tokenizer", "Fault: a forward") else "broken"
 
 

@@ -2,9 +2,13 @@
 
 Without a TPU the XLA device is PJRT CPU; ``PJRT_DEVICE=TPU pytest`` runs the same tests on a TPU VM. The tests in
 ``without_torch/`` share this file, so only the fixtures import torch.
+
+Tests on the XLA device have the marker ``xla``. Where torch_xla is not installed they are skipped, and files that need
+JAX or transformers are not collected: with any torch that the package works with, what is left passes.
 """
 
 import os
+from importlib.util import find_spec
 
 from devices import BRIDGED
 from torchtpu import testbed
@@ -22,6 +26,20 @@ if testbed.is_installed():
 
 import pytest
 
+_FILES_THAT_NEED = {
+    "jax": ["without_torch/*", "test_aot.py", "test_kernels.py", "test_pallas.py", "test_tuning.py"],
+    "transformers": ["hf/*", "test_aot_cli.py", "test_compilation_cache.py"],
+}
+collect_ignore_glob = [file for name, files in _FILES_THAT_NEED.items() if find_spec(name) is None for file in files]
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "xla" in getattr(item, "fixturenames", ()):
+            item.add_marker("xla")
+        if item.get_closest_marker("xla") and find_spec("torch_xla") is None:
+            item.add_marker(pytest.mark.skip(reason="torch_xla is not installed"))
+
 
 @pytest.fixture(params=["cpu", *BRIDGED])
 def device(request):
@@ -35,8 +53,7 @@ def device(request):
 def xla():
     """The XLA device: PJRT CPU, or a TPU where there is one."""
     import torch
-
-    pytest.importorskip("torch_xla", reason="PyTorch/XLA has an environment of its own")  # registers the device
+    import torch_xla  # noqa: F401  registers the device
 
     return torch.device("xla")
 

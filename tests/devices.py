@@ -2,5 +2,11 @@
 
 from importlib.util import find_spec
 
+import pytest
+
 # PyTorch/XLA and TorchTPU need different releases of torch, so an environment has one of them.
-BRIDGED = [device for device, package in (("xla", "torch_xla"), ("tpu", "torch_tpu")) if find_spec(package)]
+BRIDGED = [
+    pytest.param(device, marks=marks)
+    for device, package, marks in (("xla", "torch_xla", pytest.mark.xla), ("tpu", "torch_tpu", ()))
+    if find_spec(package)
+]

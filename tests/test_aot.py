@@ -6,10 +6,9 @@ import pytest
 from batches import MODEL_HEADS
 
 from benchmarks.compile_matrix import FACTORS, all_points, case_of, pairs_of, pairwise
-from torch_rpa import tpu_time
+from torch_rpa import chips, tpu_time
 from torch_rpa.aot import OpCase, compile_report
 from torch_rpa.aot.times import scalars
-from torch_rpa.kernels import chips
 
 pytest.importorskip("libtpu")
 

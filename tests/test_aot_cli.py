@@ -4,17 +4,19 @@ import itertools
 import json
 import math
 import re
+import resource
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from benchmarks import aot_matrix
-from torch_rpa import workloads
+from torch_rpa import chips, workloads
 from torch_rpa.aot import OpCase, Report, __main__, graph, hbm_copies, models, times, whole_model
 from torch_rpa.aot import answer as answers
 from torch_rpa.aot.plan import Plan
-from torch_rpa.kernels import chips
+from torch_rpa.hf.engine.config import EngineConfig
 
 GOOD = Report(None, 7.0, vmem_bytes=30 * 2**20, smem_bytes=2**14, block_keys=256, block_rows=128)
 TIME = times.OpTime(100.0, 0.5)
@@ -95,7 +97,6 @@ def test_each_chip_has_its_share_of_heads_weights_and_cache(monkeypatch, capsys)
         (["--chip", "v5e", "--model", "llama-3-8b"], "--num-chips"),  # its weights fill the chip
         (["--num-chips", 3], "--num-chips"),
         (["--page-size", 8, "--max-context", 8192, "--max-seqs", 512], "--max-context"),  # page table in SMEM
-        (["--page-size", 48], "--page-size"),
         (["--max-tokens", 16], "--max-tokens"),
         (["--max-context", 9000], "--max-context"),
     ],
@@ -149,11 +150,56 @@ def test_a_model_that_is_no_folder_and_no_name_is_an_error(monkeypatch, capsys):
     assert "--model must be a folder with a config.json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [["--heads", "32"], ["--heads", "32/8/0"], ["--model", "x", "--max-seqs", "-1"]])
+@pytest.mark.parametrize(
+    "argv",
+    [["--heads", "32"], ["--heads", "32/8/0"], ["--model", "x", "--max-seqs", "-1"], ["--model", "x", "--chip", "v3"],
+     ["--model", "x", "--page-size", "48"]],
+)  # fmt: skip
 def test_arguments_that_make_no_sense_are_refused(capsys, argv):
     with pytest.raises(SystemExit):
         __main__.parse_args(["--chip", "v6e", *argv])
     assert argv[-2] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "chip"),
+    [("ironwood", "7x"), ("Trillium", "v6e"), ("v5litepod", "v5e"), ("tpu7x", "7x"), ("v5p", "v5p")],
+)
+def test_a_chip_goes_by_the_names_that_people_and_cloud_tpu_call_it(typed, chip):
+    assert __main__.parse_args(["--chip", typed, "--model", "x"]).chip == chip
+    assert chips.named(typed).name == chip
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--chip", "v6"], ["--chip", "v6e", "--model", "lama-3-8b"]])
+def test_help_and_typos_take_less_than_a_second_of_cpu_and_load_no_large_package(argv):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-X", "importtime", "-m", "torch_rpa.aot", *argv]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    imported = set(re.findall(r"^import time:.*\| +(\S+)$", result.stderr, flags=re.MULTILINE))
+    assert "torch_rpa.aot.plan" in imported
+    assert imported.isdisjoint({"torch", "jax", "numpy", "transformers"})
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+
+
+def test_weights_that_fill_more_than_the_chip_are_said_before_anything_is_compiled(monkeypatch, capsys):
+    monkeypatch.setattr(answers, "compile_report", lambda *args: pytest.fail("compiled"))
+    monkeypatch.setattr(answers, "model_report", lambda *args: pytest.fail("compiled"))
+    for option in ([], ["--whole-model"]):
+        argv = ["--chip", "v6e", "--model", "llama-3-70b-on-8-chips", "--num-chips", "2", *option]
+        assert __main__.main(argv) == 1
+        (error,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("error: ")]
+        assert "weights of 65.7 GiB do not fit in the 32 GiB of a v6e: raise --num-chips to 5 or more" in error
+
+
+def test_the_printed_patch_call_makes_the_engine_that_was_modelled(monkeypatch, capsys):
+    assert run(monkeypatch, *LLAMA, "--max-seqs", 16, "--kv-dtype", "float8_e4m3fn") == 0
+    (call,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("torch_rpa.hf.patch(model, ")]
+    call = call.replace("torch_rpa.hf.patch(model, ", "EngineConfig(")
+    config = eval(call, {"EngineConfig": EngineConfig, "torch": torch})
+    assert (config.page_size, config.max_num_seqs, config.max_seq_len, config.buckets) == (128, 16, 8192, (16, 512))
+    assert config.kv_dtype == torch.float8_e4m3fn
+    assert config.num_pages == Plan("v6e", models.of_name("llama-3-8b"), kv_dtype="float8_e4m3fn").cache_pages
 
 
 @pytest.mark.parametrize("name", workloads.MODELS)

@@ -194,15 +194,6 @@ def test_torchs_default_dtype_changes_nothing(dtype, device):
     assert_matches_oracle(batch, out, lse)
 
 
-def test_autocast_changes_nothing():
-    batch = make_batch()
-    with torch.autocast("cpu", torch.bfloat16):
-        out, lse = batch.read()
-        updated, _ = batch.update()
-    assert_matches_oracle(batch, out, lse)
-    assert_matches_oracle(batch, updated, update=True)
-
-
 def test_memory_on_cpu_does_not_grow_with_tokens_times_context():
     """One block of scores at a time: 512 rows over 16384 keys would take 64 MiB of scores for 2 heads at once."""
     batch = make_batch(((512, 16384),), heads=(2, 1, 8), page_size=256)

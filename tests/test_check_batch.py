@@ -84,6 +84,43 @@ def test_the_check_is_read_at_each_call(device, monkeypatch):
         batch.read()
 
 
+UPDATES = [torch.ops.rpa.ragged_paged_attention_update, torch.ops.rpa.ragged_paged_attention_update_]
+
+# (sequence, entry) of a page table -> the (sequence, entry) whose page it takes, and what the update says. In MIXED,
+# sequence 1 writes all 20 of its tokens, 3 writes 45 .. 49 and reads 0 .. 44, and 6 writes 16 .. 32 and reads 0 .. 15.
+PAGES_OF_ANOTHER = {
+    "two_write": ((3, 3), (1, 1), r"written to by sequence 1 \(page_indices\[1, 1\]\) and written to by sequence 3"),
+    "one_reads": ((3, 1), (1, 0), r"written to by sequence 1 .* and read by sequence 3 \(page_indices\[3, 1\]\)"),
+    "the_first_reads": (
+        (6, 1),
+        (3, 0),
+        r"read by sequence 3 .* and written to by sequence 6 .*belongs to one sequence",
+    ),
+    "one_sequence_twice": ((1, 1), (1, 0), r"written to by sequence 1 .* and written to by sequence 1 .*\[1, 1\]"),
+}
+
+
+@pytest.mark.parametrize(("place", "owner", "message"), PAGES_OF_ANOTHER.values(), ids=PAGES_OF_ANOTHER)
+@pytest.mark.parametrize("op", UPDATES, ids=["functional", "in_place"])
+def test_an_update_notices_a_page_that_is_written_to_and_has_another_user(
+    place, owner, message, op, device, monkeypatch
+):
+    batch = make_batch(MIXED)
+    page = int(batch.page_indices[owner])
+    batch = changed("page_indices", place, page)(batch).to(device)
+    monkeypatch.setenv("TORCH_RPA_CHECK", "1")
+    with pytest.raises(ValueError, match=f"page {page} is {message}"):
+        batch.update(op)
+    batch.read()  # pages that are only read may be anybody's
+
+
+def test_an_update_may_share_pages_that_are_only_read(device, monkeypatch):
+    batch = make_batch(((1, 40), (3, 40), (0, 40)))
+    batch.page_indices[1:3, :2] = batch.page_indices[0, :2]  # 0 .. 31: the common prefix; tokens from 37 on are new
+    monkeypatch.setenv("TORCH_RPA_CHECK", "1")
+    batch.to(device).update()
+
+
 def test_pages_before_the_window_may_be_freed(device):
     batch = make_batch(((1, 100), (4, 90)))
     batch.page_indices[0, :5] = -1  # the row at 99 sees 90 .. 99, on page 5 and on

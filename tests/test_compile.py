@@ -1,4 +1,4 @@
-"""torch.compile, torch.export, fake tensors, opcheck, and the refusal of gradients."""
+"""torch.compile, torch.export, fake tensors, opcheck, and the refusal of derivatives."""
 
 import shutil
 from dataclasses import replace
@@ -131,3 +131,31 @@ def test_an_input_that_requires_grad_is_refused_under_fake_tensors_too():
     batch = fake(replace(batch, q=batch.q.clone().requires_grad_()), FakeTensorMode())
     with pytest.raises(RuntimeError, match=r"is for inference"):
         batch.read()
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize(
+    "grad_mode", [True, False], ids=["grad", "no_grad"]
+)  # torch.no_grad() is for reverse mode only
+def test_forward_mode_differentiation_is_refused_at_the_call(name, grad_mode, device):
+    batch = make_batch().to(device)
+
+    def call(q):
+        return getattr(torch.ops.rpa, name)(*arguments(replace(batch, q=q), name))
+
+    with (
+        torch.set_grad_enabled(grad_mode),
+        pytest.raises(RuntimeError, match=r"has no derivative, but q has a tangent"),
+    ):
+        torch.func.jvp(call, (batch.q,), (torch.ones_like(batch.q),))
+
+
+def test_a_tangent_of_the_pages_or_the_sinks_is_refused_by_name(device):
+    batch = make_batch().to(device)
+    for name, tensor, call in (
+        ("kv_pages", batch.kv_pages, lambda pages: replace(batch, kv_pages=pages).read()),
+        ("v", batch.v, lambda v: replace(batch, v=v).update()),
+        ("sinks", torch.zeros(4, device=device), lambda sinks: batch.read(sinks=sinks)),
+    ):
+        with pytest.raises(RuntimeError, match=f"but {name} has a tangent"):
+            torch.func.jvp(call, (tensor,), (torch.ones_like(tensor),))

@@ -21,7 +21,7 @@ def test_a_cpp_program_decodes_through_the_dispatcher(tmp_path):
     (library,) = Path(native.__file__).parent.glob("_C.*.so")
     folder = Path(torch.__file__).parent / "lib"
     program = tmp_path / "decode"
-    command = ["g++", "-std=c++17", "-O1", str(SOURCE), "-o", str(program)]
+    command = ["g++", "-std=c++20", "-O1", str(SOURCE), "-o", str(program)]
     command += [f"-I{path}" for path in cpp_extension.include_paths()]
     command += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", f"-L{folder}", "-Wl,--no-as-needed"]
     command += ["-ltorch_cpu", "-lc10", "-ldl", f"-Wl,-rpath,{folder}"]

@@ -1,41 +1,14 @@
 """What installing and importing the package does, each claim tried in a fresh process."""
 
-import importlib.metadata
 import json
-import os
-import platform
 import re
 import shutil
-import subprocess
-import sys
-import sysconfig
-import zipfile
 from pathlib import Path
 
 import pytest
 
 import torch_rpa
-
-REPO = Path(__file__).resolve().parent.parent
-
-
-def run(*command, env=None, cwd=REPO):
-    """Run a command and return its completed process; on failure, fail the test with all that it printed."""
-    result = subprocess.run(
-        command,
-        cwd=cwd,
-        env=os.environ | (env or {}),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    if result.returncode != 0:
-        pytest.fail(f"{command} exited with {result.returncode}\n{result.stdout}\n{result.stderr}")
-    return result
-
-
-def run_python(code, **kwargs):
-    return run(sys.executable, "-c", code, **kwargs)
+from tests.processes import REPO, project, requirements, run, run_python
 
 
 def pins(requirements):
@@ -110,7 +83,7 @@ def test_every_locked_requirement_is_pinned():
 
 def test_pins_of_the_extras_agree_with_the_lock():
     locked = pins(locked_requirements())
-    of_extras = pins(importlib.metadata.requires("torch_rpa"))
+    of_extras = pins(map(str, requirements(*project()["optional-dependencies"])))
     assert {"torch", "torch-xla", "jax", "jaxlib", "libtpu"} <= set(of_extras)
     assert of_extras == {name: locked.get(name) for name in of_extras}
 
@@ -131,86 +104,3 @@ def test_make_help_lists_every_target():
     targets = re.search(r"^\.PHONY: (.*)$", (REPO / "Makefile").read_text(), re.MULTILINE)[1].split()
     printed = run("make", "help").stdout
     assert [target for target in targets if f"make {target} " not in printed] == []
-
-
-# ---- Installation ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def source_tree(tmp_path):
-    """A copy of what the package is built from, without what earlier builds left."""
-    tree = tmp_path / "source"
-    tree.mkdir()
-    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
-        shutil.copy(REPO / name, tree)
-    for name in ("torch_rpa", "csrc_stub"):
-        shutil.copytree(REPO / name, tree / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    return tree
-
-
-NO_COMPILER = {"CC": "/nonexistent", "CXX": "/nonexistent", "TORCH_RPA_REQUIRE_NATIVE": "0"}
-
-
-def pip_install(tree, target, env):
-    """`pip install .` of the tree into a folder, without network; all that it and the build printed."""
-    options = ["-v", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
-    command = [sys.executable, "-m", "pip", "install", *options, "--target", str(target), "."]
-    result = run(*command, env=env, cwd=tree)
-    return result.stdout + result.stderr
-
-
-@pytest.mark.slow
-def test_install_without_a_compiler_is_pure_python_and_says_so_once(source_tree, tmp_path):
-    target = tmp_path / "site"
-    output = pip_install(source_tree, target, env=NO_COMPILER)
-    assert output.count("building WITHOUT the native extension") == 1, output
-    assert not list((target / "torch_rpa").glob("_C*"))
-    assert (target / "torch_rpa" / "py.typed").exists()
-    code = f"""
-import sys, warnings
-# An editable installation in the same environment would lend its own extension.
-sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
-import torch_rpa
-from torch_rpa import native
-assert torch_rpa.__file__.startswith({str(target)!r}), torch_rpa.__file__
-warnings.simplefilter("ignore")
-assert not native.is_available()
-"""
-    run_python(code, env={"PYTHONPATH": str(target)}, cwd=tmp_path)
-
-
-@pytest.mark.slow
-def test_failed_build_takes_an_earlier_library_away(source_tree, tmp_path):
-    earlier = tmp_path / "lib" / "torch_rpa" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    earlier.parent.mkdir(parents=True)
-    earlier.touch()
-    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path / "lib")]
-    run(*command, env=NO_COMPILER, cwd=source_tree)
-    assert not earlier.exists()
-
-
-@pytest.mark.slow
-def test_required_extension_makes_a_failed_build_an_error(source_tree):
-    result = subprocess.run(
-        [sys.executable, "setup.py", "build_ext"],
-        cwd=source_tree,
-        env=os.environ | NO_COMPILER | {"TORCH_RPA_REQUIRE_NATIVE": "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode != 0
-    assert "the native extension of torch_rpa cannot be built" in result.stderr, result.stderr
-
-
-@pytest.mark.slow
-def test_a_wheel_holds_the_extension_with_a_kernel_for_each_vector_unit(source_tree, tmp_path):
-    if shutil.which("g++") is None:
-        pytest.skip("there is no C++ compiler")
-    options = ["--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
-    command = [sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", str(tmp_path), str(source_tree)]
-    run(*command, env={"TORCH_RPA_REQUIRE_NATIVE": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
-    (wheel,) = tmp_path.glob("torch_rpa-*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        (library,) = [name for name in archive.namelist() if name.startswith("torch_rpa/_C.")]
-        assert b"AVX512" in archive.read(library) or platform.machine() != "x86_64"

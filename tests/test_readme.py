@@ -1,12 +1,15 @@
 """What the README prints runs as printed."""
 
 import re
-from pathlib import Path
+import sys
 
 import pytest
 import torch
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+from tests.processes import REPO, run, site_of_extras
+
+README = (REPO / "README.md").read_text()
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 
 
@@ -31,16 +34,19 @@ def test_the_op_example_runs_on_xla_tensors(xla, capsys):
 
 
 @pytest.mark.slow
-def test_the_transformers_example_runs_as_printed(xla, capsys):
+def test_the_transformers_example_runs_with_the_packages_of_its_extras_alone(xla, tmp_path):
     from torch_rpa.hf import smollm2
 
     smollm2.load()  # converts the model once
-    exec(example("torch_rpa.hf.unpatch(model)"), {"folder": str(smollm2._model_folder())})
-    assert "Paris" in capsys.readouterr().out
+    code = example("torch_rpa.hf.unpatch(model)").replace(HUB_NAME, str(smollm2._model_folder()))
+    site = site_of_extras(tmp_path / "site", "xla", "hf")
+    printed = run(sys.executable, "-S", "-c", code, env={"PYTHONPATH": f"{site}:{REPO}"}, cwd=tmp_path).stdout
+    assert "Paris" in printed
+    assert not (site / "accelerate").exists(), "whose import would bring torch_xla"
 
 
 def test_the_two_commands_exist():
-    makefile = (Path(__file__).parent.parent / "Makefile").read_text()
+    makefile = (REPO / "Makefile").read_text()
     for command in re.findall(r"^make (\w+) ", README, flags=re.MULTILINE):
         assert re.search(rf"^{command}:", makefile, flags=re.MULTILINE), command
 

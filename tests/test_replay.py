@@ -100,3 +100,61 @@ def test_uploaded_data_hangs_on_no_program_of_another_thread(data, xla):
 def test_cpu_and_meta_need_no_bridge():
     assert bridges.of("cpu") is None
     assert bridges.of(torch.device("meta")) is None
+
+
+@pytest.fixture
+def replayed(xla):
+    """What a Replay takes, and a place for what happens in the middle of its trace."""
+    bridge = bridges.of(xla)
+    cache, weight, x = (bridge.upload(torch.full((4,), value), xla) for value in (0.0, 2.0, 3.0))
+    happens = []
+
+    def trace():
+        hidden = x * weight
+        for one in happens:
+            one()
+        cache.add_(hidden)
+        return [cache * weight]
+
+    return trace, [x], [cache], [weight], happens
+
+
+def sync():
+    import torch_xla
+
+    torch_xla.sync()
+
+
+@pytest.mark.xla
+def test_a_trace_that_another_threads_sync_cuts_in_two_is_no_program(replayed, no_grad):
+    from torch_rpa.bridges.torch_xla.replay import Replay
+
+    *arguments, happens = replayed
+    happens.append(sync)  # what was hidden is data now, with the values of this x
+    with pytest.raises(bridges.TraceInterrupted):
+        Replay(*arguments)
+    happens.clear()
+    step = Replay(*arguments)
+    (x,), (cache,) = arguments[1:3]
+    before = cache.cpu()[0].item()
+    (out,) = step.run([bridges.of("xla").upload(torch.full((4,), 5.0), x.device)])
+    assert out.cpu().tolist() == [2 * (before + 10)] * 4
+
+
+@pytest.mark.xla
+def test_a_program_with_an_array_of_its_own_is_known_by_its_second_trace(replayed, no_grad):
+    from torch_rpa.bridges.torch_xla.replay import Replay
+
+    trace, inputs, updated, constants, _ = replayed
+    own = bridges.of("xla").upload(torch.full((4,), 7.0), inputs[0].device)
+
+    def trace_with_its_own():
+        (out,) = trace()
+        return [out + own]
+
+    with pytest.raises(bridges.TraceInterrupted) as error:
+        Replay(trace_with_its_own, inputs, updated, constants)
+    step = Replay(trace_with_its_own, inputs, updated, constants, former_hash=error.value.program_hash)
+    before = updated[0].cpu()[0].item()
+    (out,) = step.run(inputs)
+    assert out.cpu().tolist() == [2 * (before + 6) + 7] * 4

@@ -12,6 +12,7 @@ from torch_rpa import workloads
 from torch_rpa.aot import models, whole_model
 from torch_rpa.aot.plan import Plan
 
+pytestmark = pytest.mark.xla
 FOLDER = Path(__file__).with_name("spmd")
 
 

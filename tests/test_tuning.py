@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from torch_rpa.aot.op import OpCase, kernel_config
-from torch_rpa.kernels.chips import CHIPS
+from torch_rpa.chips import CHIPS
 from torch_rpa.workloads import MODELS
 
 LLAMA = OpCase("v6e", MODELS["llama-3-8b"].heads, page_size=64)

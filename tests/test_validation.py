@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from batches import make_batch
+from batches import assert_matches_oracle, make_batch
 from devices import BRIDGED
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -25,6 +25,10 @@ BAD_TENSORS = {
             ValueError,
             r"num_q_heads=47 and num_kv_heads=2; q must be \[num_tokens, .* \(never transposed\), got .*\[4, 47",
         ),
+    ),
+    "q_with_heads_last": (
+        {"q": lambda b: b.q.transpose(1, 2)},
+        (ValueError, r"q must be \[num_tokens, .*\], got shape \[47, 64, 4\] with head_dim=64 .*: is q transposed\?"),
     ),
     "heads_that_do_not_divide": (
         {"q": lambda b: b.q[:, :3]},
@@ -99,10 +103,10 @@ BAD_TENSORS = {
 
 BAD_OPTIONS = {
     "sliding_window": [0, -3],
-    "soft_cap": [0.0, float("nan"), float("inf"), 1e300],
+    "soft_cap": [0.0, float("nan"), float("inf"), 1e300, 1e30, 1e-39, -1e-39, 1e-46],
     "sm_scale": [float("nan"), float("inf"), 1e39],
-    "k_scale": [float("nan"), 0.0, -1.0, float("inf")],
-    "v_scale": [float("nan"), 0.0, -1.0, float("inf")],
+    "k_scale": [float("nan"), 0.0, -1.0, float("inf"), 1e-39, 1e-46],
+    "v_scale": [float("nan"), 0.0, -1.0, float("inf"), 1e-39, 1e-46],
     "num_kv_pages_per_block": [0, -1],
     "num_queries_per_block": [0, -1],
     "vmem_limit_bytes": [0, -1],
@@ -112,7 +116,7 @@ BAD_OPTIONS = {
 @pytest.mark.parametrize(("changes", "error"), BAD_TENSORS.values(), ids=BAD_TENSORS)
 @pytest.mark.parametrize("where", ["cpu", *BRIDGED, "meta"])
 def test_a_bad_tensor_is_refused_by_name(changes, error, where, request):
-    device = request.getfixturevalue(where) if where in BRIDGED else where
+    device = request.getfixturevalue(where) if where not in ("cpu", "meta") else where
     batch = make_batch(spare_rows=2)  # 47 rows: transposed, they are no multiple of the KV heads
     batch = replace(batch, **{name: change(batch) for name, change in changes.items()}).to(device)
     with pytest.raises(error[0], match=error[1]):
@@ -123,6 +127,26 @@ def test_a_bad_tensor_is_refused_by_name(changes, error, where, request):
 def test_an_option_out_of_range_is_refused_by_name(name, value, device):
     with pytest.raises(ValueError, match=rf"{name} must be .*got {re.escape(str(value))}"):
         make_batch().to(device).read(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sm_scale": 2.0**100, "k_scale": 2.0**100}, r"sm_scale \* k_scale must be finite in float32, got 1\.6"),
+        ({"sm_scale": 1e3, "soft_cap": 1e-37}, r"sm_scale \* k_scale / soft_cap must be finite in float32, got "),
+    ],
+)
+def test_factors_whose_product_float32_cannot_hold_are_refused(options, message, device):
+    with pytest.raises(ValueError, match=message):
+        make_batch().to(device).read(**options)
+
+
+@pytest.mark.parametrize("soft_cap", [2.0**-126, -(2.0**-126), 2.0**64])
+def test_the_smallest_and_the_largest_soft_cap_are_exact_with_zero_scores_too(soft_cap, device):
+    batch = make_batch()
+    for q in (batch.q, torch.zeros_like(batch.q)):
+        batch = replace(batch, q=q)
+        assert_matches_oracle(batch, *batch.to(device).read(soft_cap=soft_cap), soft_cap=soft_cap)
 
 
 @pytest.mark.parametrize("name", ["k_scale", "v_scale"])
@@ -148,6 +172,15 @@ def test_a_cpu_q_beside_pages_on_another_device_is_refused_by_name(where, reques
     on_device = batch.to(request.getfixturevalue(where))
     with pytest.raises(ValueError, match=f"kv_pages must be on q's device cpu, got {where}:0; all tensors go together"):
         replace(on_device, q=batch.q).read()
+
+
+@pytest.mark.parametrize("form", ["heads", "flat"])
+@pytest.mark.parametrize("names", [("q", "k", "v"), ("q",), ("v",)], ids="".join)
+def test_an_update_with_heads_last_asks_what_is_transposed(names, form, device):
+    batch = make_batch(form=form)
+    batch = replace(batch, **{name: getattr(batch, name).transpose(1, 2) for name in names})
+    with pytest.raises(ValueError, match=rf"{names[0]} must be .*is {names[0]} transposed\?"):
+        batch.to(device).update()
 
 
 @pytest.mark.parametrize("op", [UPDATE, UPDATE_], ids=["functional", "in_place"])

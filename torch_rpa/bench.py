@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch_rpa import workloads
-from torch_rpa.kernels.chips import CHIPS
+from torch_rpa.chips import CHIPS
 
 _MODELLED = Path(__file__).with_name("modelled.json")
 _TINY_BATCHES = {

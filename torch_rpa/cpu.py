@@ -16,7 +16,6 @@ _ROWS_PER_TILE = 128
 _KEYS_PER_BLOCK = 1024
 
 
-@torch.autocast("cpu", enabled=False)  # the matrix products here are in float32 for a reason
 def attend(
     q: torch.Tensor,
     kv_pages: torch.Tensor,

@@ -11,7 +11,10 @@ import sys
 import textwrap
 import time
 
-from tqdm import tqdm
+from torch_rpa.extras import from_extra
+
+with from_extra("demo", "torch_rpa.demo"):
+    from tqdm import tqdm
 
 FIRST_QUESTIONS = [
     "What is the capital of France?",
@@ -71,7 +74,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 def _load(device: str):
     """The model and its tokenizer, or None after saying what is missing."""
-    smollm2 = _quiet_imports(device)
+    try:
+        smollm2 = _quiet_imports(device)
+    except ModuleNotFoundError as error:  # of an extra's package
+        print(error, file=sys.stderr)
+        return None
     try:
         if not smollm2.is_converted():
             print("Reading SmolLM2-135M-Instruct from its package; this takes about a minute, once.")
@@ -82,12 +89,14 @@ def _load(device: str):
 
 
 def _quiet_imports(device: str):
+    from torch_rpa import bridges
+
     # torch_xla picks a TPU if there is one and the CPU otherwise, and warns about either; it comes with
     # transformers' accelerate even if it is not asked for. We print the device ourselves.
     logging.disable(logging.WARNING)
     try:
         if device == "xla":
-            import torch_xla  # noqa: F401
+            bridges.of("xla")
         from torch_rpa.hf import smollm2
     finally:
         logging.disable(logging.NOTSET)

@@ -9,12 +9,18 @@ import importlib
 import os
 import threading
 import warnings
+from pathlib import Path
 
 import torch
 
 from torch_rpa.options import AttentionOptions
 
-__all__ = ["attend", "attend_update_", "is_available", "linear", "write_kv_pages_"]
+__all__ = ["HOW_TO_BUILD", "attend", "attend_update_", "is_available", "linear", "why_missing", "write_kv_pages_"]
+
+HOW_TO_BUILD = (
+    "install setuptools, a C++ compiler and Python's headers, and run `pip install --no-build-isolation .` in "
+    "torch_rpa's source tree"
+)
 
 _INTERFACE = 2  # of the extension that these functions call; csrc_stub/module.cpp has the same number
 _lock = threading.Lock()
@@ -159,17 +165,30 @@ def _window(options: AttentionOptions) -> int | None:
 
 def _load() -> bool:
     """Import the extension, which registers its operators; warn and return False if that is not possible."""
+    reason = why_missing()
+    if reason is None:
+        return True
+    warnings.warn(
+        f"torch_rpa runs in pure Python, which is slower on CPU: its native extension cannot be used ({reason}). To "
+        f"build it anew, {HOW_TO_BUILD}. TORCH_RPA_NATIVE=0 silences this.",
+        stacklevel=3,
+    )
+    return False
+
+
+def why_missing() -> str | None:
+    """Why the extension cannot be used; None if it can. Imports it."""
     try:
         extension = importlib.import_module("torch_rpa._C")
-        interface = getattr(extension, "interface", 0)
-        if interface != _INTERFACE:
-            raise ImportError(f"it was built from other sources: its interface is {interface}, not {_INTERFACE}")
-    except ImportError as error:  # also: not built, or built for another torch (undefined symbols)
-        warnings.warn(
-            "torch_rpa runs in pure Python, which is slower on CPU: its native extension cannot be used "
-            f"({error}). To build it anew, install a C++ compiler and Python's headers, and run `pip install "
-            "--no-build-isolation .` in torch_rpa's source tree. TORCH_RPA_NATIVE=0 silences this.",
-            stacklevel=3,
-        )
-        return False
-    return True
+    except ImportError as error:  # not built, or built for another torch (undefined symbols)
+        return ": ".join([str(error), *_reason_of_build()])
+    interface = getattr(extension, "interface", 0)
+    if interface != _INTERFACE:
+        return f"it was built from other sources: its interface is {interface}, not {_INTERFACE}"
+    return None
+
+
+def _reason_of_build() -> list[str]:
+    """What setup.py left if it could not build the extension."""
+    file = Path(__file__).with_name("no_native.txt")
+    return [file.read_text().strip()] if file.exists() else []

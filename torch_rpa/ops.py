@@ -16,9 +16,10 @@ from functools import lru_cache
 
 import torch
 
-from torch_rpa import bridges, cpu, native
+from torch_rpa import bridges, cpu, guards, native
+from torch_rpa.metadata import check_metadata
 from torch_rpa.options import AttentionOptions
-from torch_rpa.validation import ArgSpec, check_metadata, check_static, dtype_name
+from torch_rpa.validation import ArgSpec, check_static, dtype_name
 
 _METADATA_SCHEMA = "Tensor kv_lens, Tensor page_indices, Tensor cu_q_lens, Tensor num_seqs"
 _OPTIONS_SCHEMA = (
@@ -109,25 +110,8 @@ def _check_values(args, sliding_window):
         num_pages=args["kv_pages"].shape[0],
         page_size=args["kv_pages"].shape[1],
         sliding_window=sliding_window,
+        writes="k" in args,
     )
-
-
-def _refusing_grad(op, named):
-    """An Autograd kernel: refuses inputs that require grad, then goes on to the device's kernel."""
-
-    def kernel(*tensors, **kwargs):
-        if torch.is_grad_enabled():
-            args, _ = named(*tensors, **kwargs)
-            names = [name for name, t in args.items() if t.requires_grad]
-            if names:
-                raise RuntimeError(
-                    f"torch.ops.{op.overloadpacket} is for inference and has no derivative, but grad mode is on and "
-                    f"{', '.join(names)} requires grad; call it under torch.no_grad() or torch.inference_mode()"
-                )
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*tensors, **kwargs)
-
-    return kernel
 
 
 def _value_checks_asked() -> bool:
@@ -279,7 +263,10 @@ for _name, _named in (
     ("ragged_paged_attention_update", _update_args),
     ("ragged_paged_attention_update_", _update_args),
 ):
-    _LIBRARY.impl(_name, _refusing_grad(getattr(torch.ops.rpa, _name).default, _named), "Autograd")
+    _op = getattr(torch.ops.rpa, _name).default
+    _LIBRARY.impl(_name, guards.refusing_derivatives(_op, _named), "Autograd")
+    for _key in guards.AUTOCAST_KEYS:
+        _LIBRARY.impl(_name, guards.in_one_dtype(_op, _named), _key)
 
 torch.library.register_fake("rpa::ragged_paged_attention", _fake_attention, lib=_LIBRARY)
 torch.library.register_fake("rpa::ragged_paged_attention_with_lse", _fake_attention_with_lse, lib=_LIBRARY)

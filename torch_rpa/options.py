@@ -1,9 +1,11 @@
 """The options of the ops, as one frozen value that every implementation reads."""
 
-import math
 from dataclasses import dataclass, replace
 
-_LARGEST_FLOAT32 = 2.0**128 - 2.0**104
+# XLA, and so a TPU, takes smaller numbers than the smallest normal one as 0.
+SMALLEST_FLOAT32, LARGEST_FLOAT32 = 2.0**-126, 2.0**128 - 2.0**104
+# A larger cap changes no score that float32 can tell from another, and score / cap would be 0.
+_LARGEST_SOFT_CAP = 2.0**64
 
 
 @dataclass(frozen=True)
@@ -62,16 +64,38 @@ class AttentionOptions:
         """Raise ValueError for the first option that is out of range, TypeError for one of a wrong kind."""
         if not isinstance(self.causal, bool):
             raise TypeError(f"causal must be True or False, got {self.causal!r}")
-        if not _is_finite("sm_scale", self.sm_scale):
+        if not _is_number_up_to(LARGEST_FLOAT32, "sm_scale", self.sm_scale):
             raise ValueError(f"sm_scale must be finite in float32, got {self.sm_scale}")
-        if self.soft_cap is not None and (self.soft_cap == 0 or not _is_finite("soft_cap", self.soft_cap)):
-            raise ValueError(f"soft_cap must be finite in float32 and not 0, got {self.soft_cap}; None means no cap")
+        if self.soft_cap is not None:
+            self._check_soft_cap()
         for name in ("k_scale", "v_scale"):
-            scale = getattr(self, name)
-            if scale is not None and not (_is_finite(name, scale) and scale > 0):
-                raise ValueError(f"{name} must be positive and finite in float32, got {scale}; None means 1.0")
+            self._check_stored_scale(name)
+        self._check_products()
         for name in ("sliding_window", "num_kv_pages_per_block", "num_queries_per_block", "vmem_limit_bytes"):
             self._check_count(name)
+
+    def _check_soft_cap(self):
+        cap = self.soft_cap
+        if not _is_number_up_to(_LARGEST_SOFT_CAP, "soft_cap", cap) or abs(cap) < SMALLEST_FLOAT32:
+            raise ValueError(
+                f"soft_cap must be from 2**-126 to 2**64 in magnitude (float32), got {cap}; None means no cap"
+            )
+
+    def _check_stored_scale(self, name):
+        scale = getattr(self, name)
+        if scale is None:
+            return
+        if not _is_number_up_to(LARGEST_FLOAT32, name, scale) or scale < SMALLEST_FLOAT32:
+            raise ValueError(f"{name} must be positive and normal in float32, got {scale}; None means 1.0")
+
+    def _check_products(self):
+        """The factors that implementations multiply a dot product by."""
+        products = {"sm_scale * k_scale": self.score_scale}
+        if self.soft_cap is not None:
+            products["sm_scale * k_scale / soft_cap"] = self.score_scale / self.soft_cap
+        for name, value in products.items():
+            if abs(value) > LARGEST_FLOAT32:
+                raise ValueError(f"{name} must be finite in float32, got {value}")
 
     def _check_count(self, name):
         count = getattr(self, name)
@@ -83,7 +107,7 @@ class AttentionOptions:
             raise ValueError(f"{name} must be at least 1, got {count}; None means the default")
 
 
-def _is_finite(name, value) -> bool:
+def _is_number_up_to(largest, name, value) -> bool:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    return math.isfinite(value) and abs(value) <= _LARGEST_FLOAT32
+    return abs(value) <= largest  # a NaN is not

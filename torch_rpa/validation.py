@@ -1,7 +1,7 @@
-"""Checks of the arguments: what a caller got wrong, and what a device cannot do.
+"""Static checks of the arguments: what a caller got wrong, and what a device cannot do.
 
-The static checks read shapes, dtypes and devices only, given as plain ``ArgSpec`` values, so that torch tensors, fake
-tensors and JAX arrays share them; this module imports neither torch nor JAX. Errors follow one rule:
+They read shapes, dtypes and devices only, given as plain ``ArgSpec`` values, so that torch tensors, fake tensors and
+JAX arrays share them; this module imports neither torch nor JAX. Values are checked in ``metadata.py``. One rule:
 
     ValueError            the caller's mistake (TypeError where it is a dtype): names the argument, what it was and what
                           was expected
@@ -153,6 +153,7 @@ def _check_heads(args):
     num_tokens, num_q_heads, head_dim = args["q"].shape
     if num_q_heads == 0 or head_dim == 0:
         raise ValueError(f"q must be {_SHAPES['q']} with heads and a head_dim, got shape {list(args['q'].shape)}")
+    _check_orientation(args)
     if not is_head_dim(head_dim):
         raise ValueError(f"head_dim must be a multiple of 8 up to {MAX_HEAD_DIM}, got {head_dim} (q's last dimension)")
     _check_pages(args["kv_pages"].shape, head_dim)
@@ -171,6 +172,20 @@ def _check_heads(args):
         )
     if "sinks" in args and args["sinks"].shape[0] != num_q_heads:
         raise ValueError(f"sinks must be [num_q_heads] = [{num_q_heads}], got shape {list(args['sinks'].shape)}")
+
+
+def _check_orientation(args):
+    """A head_dim that stands where the heads belong; pages in heads form tell it, or what q and k have in common."""
+    pages = args["kv_pages"].shape
+    sizes = {name: args[name].shape[1:] for name in ("q", "k", "v") if name in args}
+    shared = [size for size in reversed(sizes["q"]) if size in sizes.get("k", ())]
+    head_dim = pages[3] if len(pages) == 4 else next(iter(shared), None)
+    for name, (heads, dim) in sizes.items():
+        if heads == head_dim != dim:
+            raise ValueError(
+                f"{name} must be {_SHAPES[name]}, got shape {list(args[name].shape)} with {head_dim=} in the middle: "
+                f"is {name} transposed?"
+            )
 
 
 def _check_pages(shape, head_dim):
@@ -257,56 +272,3 @@ def _is_addressable_in_heads_form(num_kv_heads, head_dim, kv_dtype) -> bool:
     rows = 2 * num_kv_heads
     is_whole_words = rows % 4 == 0 or kv_dtype not in QUANTIZED_DTYPES
     return head_dim == 128 and (rows in (2, 4) or rows % 8 == 0) and is_whole_words
-
-
-def check_metadata(
-    kv_lens: list[int],
-    page_indices: list[list[int]],
-    cu_q_lens: list[int],
-    num_seqs: int,
-    *,
-    num_tokens: int,
-    num_pages: int,
-    page_size: int,
-    sliding_window: int | None = None,
-) -> None:
-    """Check a batch's metadata; see ``torch_rpa.check_batch``. Raises ValueError for the first mistake."""
-    max_num_seqs = len(kv_lens)
-    if not 0 <= num_seqs <= max_num_seqs:
-        raise ValueError(f"num_seqs must be from 0 to max_num_seqs = {max_num_seqs}, got {num_seqs}")
-    if num_seqs and cu_q_lens[0] != 0:
-        raise ValueError(f"cu_q_lens must start with 0, got {cu_q_lens[0]}")
-    for s in range(num_seqs):
-        q_len = cu_q_lens[s + 1] - cu_q_lens[s]
-        if q_len < 0:
-            raise ValueError(
-                f"cu_q_lens must not fall, got {cu_q_lens[s]} then {cu_q_lens[s + 1]} at sequence {s} of {num_seqs}"
-            )
-        if cu_q_lens[s + 1] > num_tokens:
-            raise ValueError(
-                f"cu_q_lens[{s + 1}] must be at most num_tokens = {num_tokens} (q's rows), got {cu_q_lens[s + 1]}"
-            )
-        if kv_lens[s] < q_len:
-            raise ValueError(
-                f"kv_lens[{s}] must be at least the sequence's q_len = {q_len} (it counts this step's tokens too), "
-                f"got {kv_lens[s]}"
-            )
-        _check_page_row(s, q_len, kv_lens[s], page_indices[s], num_pages, page_size, sliding_window)
-
-
-def _check_page_row(s, q_len, kv_len, row, num_pages, page_size, sliding_window):
-    used = -(-kv_len // page_size)
-    if used > len(row):
-        raise ValueError(
-            f"kv_lens[{s}] = {kv_len} needs {used} pages of {page_size} tokens, "
-            f"but page_indices has room for pages_per_seq = {len(row)}"
-        )
-    # Pages before the window of the sequence's first row hold nothing that is read: they may have been freed.
-    first_key = 0 if sliding_window is None else max(0, kv_len - q_len - sliding_window + 1)
-    first = first_key // page_size if q_len else used
-    for i in range(first, used):
-        if not 0 <= row[i] < num_pages:
-            raise ValueError(
-                f"page_indices[{s}, {i}] must be from 0 to num_pages - 1 = {num_pages - 1}, got {row[i]} "
-                f"(sequence {s} has kv_len {kv_len} and needs {used} pages)"
-            )

@@ -1,8 +1,17 @@
-"""Named shapes of real models and batches of serving, for tests, benchmarks and ahead-of-time compiles."""
+"""Named shapes of real models and batches of serving, for tests, benchmarks and ahead-of-time compiles.
+
+numpy is imported by what computes with it: the names alone, for a command line, come without.
+"""
+
+from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import numpy as np
+from torch_rpa.extras import from_extra
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _SEED = 0
 
@@ -61,7 +70,7 @@ MODELS = {
 
 def batches() -> dict[str, list[tuple[int, int]]]:
     """Name -> the sequences of one step, as (q_len, kv_len); at most 512 rows, 64 sequences and 8192 keys in one."""
-    random_lens = np.random.default_rng(_SEED).integers(20, 601, 64)
+    random_lens = _numpy().random.default_rng(_SEED).integers(20, 601, 64)
     return {
         **{f"decode 64 x {n}": [(1, n)] * 64 for n in (128, 512, 2048, 8192)},
         "decode 64 x 20-600": [(1, int(n)) for n in random_lens],
@@ -78,6 +87,7 @@ def metadata(batch, page_size: int, max_num_seqs: int, context: int, num_pages: 
         max_num_seqs, context: sequences, and tokens of each, that the page table has room for.
         num_pages: where there are fewer than the table has room for, it names them again and again.
     """
+    np = _numpy()
     if len(batch) > max_num_seqs:
         raise ValueError(f"batch has {len(batch)} sequences, more than max_num_seqs {max_num_seqs}")
     kv_lens, cu_q_lens = np.zeros(max_num_seqs, np.int32), np.zeros(max_num_seqs + 1, np.int32)
@@ -109,7 +119,7 @@ def share_of_peak(batch, heads, seconds: float, chip, kv_itemsize: int = 2, wind
 
     Args:
         heads: (num_q_heads, num_kv_heads, head_dim).
-        chip: a ``torch_rpa.kernels.chips.Chip``.
+        chip: a ``torch_rpa.chips.Chip``.
     """
     if decodes_only(batch):
         return useful_bytes(batch, heads, kv_itemsize, window=window) / seconds / chip.hbm_bytes_per_s
@@ -132,5 +142,12 @@ def useful_flops(batch, heads, window: int | None = None) -> int:
 
 def _visible_pairs(q_len: int, kv_len: int, window: int | None) -> int:
     """Of a row and a key, in a sequence with causal attention."""
+    np = _numpy()
     keys = np.arange(kv_len - q_len + 1, kv_len + 1)  # that each row sees without a window
     return int(np.minimum(keys, window or kv_len).sum())
+
+
+def _numpy():
+    with from_extra("aot", "torch_rpa.workloads"):
+        import numpy
+    return numpy

@@ -91,11 +91,12 @@ def test_results_are_transformers_own_in_input_order():
         assert output.created_time <= output.lifespan[0] <= output.timestamps[0] <= output.lifespan[1]
 
 
-def test_a_model_in_training_mode_is_put_into_eval_mode():
+def test_a_model_in_training_mode_computes_as_in_eval_mode_and_stays_in_it():
     model, prompts = make_model(attention_dropout=0.5).train(), make_prompts(4, 6)
     hf.patch(model)
     answers = tokens(model.generate_batch(prompts, max_new_tokens=6))
-    assert answers == plain_greedy(hf.unpatch(model), prompts, 6)
+    assert all(module.training for module in model.modules())
+    assert answers == plain_greedy(hf.unpatch(model).eval(), prompts, 6)
 
 
 def test_bfloat16_model_generates(device):

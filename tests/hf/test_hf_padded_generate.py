@@ -97,7 +97,12 @@ def test_rows_come_back_on_the_inputs_device(xla):
         ({"inputs": torch.tensor([[1, 2]]), "attention_mask": torch.tensor([[1]])}, ValueError, r"is \(1, 1\), inputs"),
         ({"inputs": torch.tensor([[1, 2]]), "attention_mask": torch.tensor([[0, 0]])}, ValueError, "row 0: the prompt"),
         ({"inputs": torch.tensor([[1, 2]]), "num_beams": 3}, NotImplementedError, "num_beams=3"),
-        ({"inputs": torch.tensor([[1, 2]]), "streamer": object()}, TypeError, "does not take streamer"),
+        (
+            {"inputs": torch.tensor([[1, 2]]), "streamer": object()},
+            NotImplementedError,
+            r"streamer=.*add_request\(\.\.\.",
+        ),
+        ({"inputs": torch.tensor([[1, 2]]), "max_tokens": 3}, TypeError, r"not take max_tokens \(write max_new_tokens"),
     ],
 )
 def test_what_it_cannot_do_is_refused(kwargs, error, message):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import VOCAB_SIZE, make_model, make_prompts, plain_greedy, tokens
-from transformers import GenerationConfig
+from transformers import BatchEncoding, GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from torch_rpa import hf
@@ -79,8 +79,9 @@ def test_without_a_limit_an_answer_may_fill_the_cache(model):
 
 
 def test_unknown_keyword_is_refused_by_name(model):
-    with pytest.raises(TypeError, match="does not know the keywords temprature"):
-        model.generate_batch([[1]], max_new_tokens=1, temprature=0.5)
+    message = r"know the keywords max_tokens \(write max_new_tokens\), temprature \(did you mean temperature\?\)"
+    with pytest.raises(TypeError, match=message):
+        model.generate_batch([[1]], max_tokens=1, temprature=0.5)
 
 
 def test_batching_settings_that_patch_takes_are_refused_with_a_hint(model):
@@ -92,7 +93,7 @@ def test_batching_settings_that_patch_takes_are_refused_with_a_hint(model):
 
 
 def test_generation_settings_that_are_not_supported_are_all_listed(model):
-    config = GenerationConfig(max_new_tokens=3, num_beams=4, no_repeat_ngram_size=2, min_p=0.1)
+    config = GenerationConfig(max_new_tokens=3, do_sample=True, num_beams=4, no_repeat_ngram_size=2, min_p=0.1)
     with pytest.raises(NotImplementedError) as error:
         model.generate_batch([[1]], config)
     for part in ("num_beams=4", "no_repeat_ngram_size=2", "min_p=0.1"):
@@ -131,10 +132,30 @@ def test_a_generation_config_of_another_type_is_refused(model):
         model.generate_batch([[1]], {"do_sample": True}, max_new_tokens=1)
 
 
-@pytest.mark.parametrize("inputs", ["text", "12", ["12"], [1, 2], [["a"]], [[1.9]]])
-def test_inputs_that_are_no_lists_of_ids_are_refused(model, inputs):
-    with pytest.raises(TypeError, match="list of lists of token ids"):
+@pytest.mark.parametrize(
+    ("inputs", "got"),
+    [
+        ("text", "got 'text'"),
+        (["12"], "one of them is '12'"),
+        ([1, 2], "one of them is 1"),
+        ([["a"]], r"one of them is \['a'\]"),
+        ([[1.9]], r"one of them is \[1\.9\]"),
+        (BatchEncoding({"input_ids": [[1, 2]]}), "got a BatchEncoding"),
+    ],
+)
+def test_inputs_that_are_no_lists_of_ids_say_how_to_get_them(model, inputs, got):
+    with pytest.raises(
+        TypeError, match=rf'list of lists of token ids, such as tokenizer\(texts\)\["input_ids"\].* {got}'
+    ):
         model.generate_batch(inputs, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("prompt", ["text", ["a"], [[1, 2]], BatchEncoding({"input_ids": [1, 2]})], ids=str)
+def test_a_prompt_that_is_no_list_of_ids_says_how_to_get_it(model, prompt):
+    with pytest.raises(
+        TypeError, match=r'input_ids must be a list of token ids, such as tokenizer\(text\)\["input_ids"'
+    ):
+        model.init_continuous_batching().add_request(prompt, max_new_tokens=1)
 
 
 def test_rows_of_a_tensor_are_accepted(model):

@@ -168,17 +168,47 @@ def test_a_greedy_row_takes_the_most_likely_token_whatever_its_number():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"temperature": 0.0}, "temperature=0.0 must be positive"),
+        ({"temperature": 0.0}, "temperature=0.0 must be above 0 .*for greedy write do_sample=False"),
         ({"temperature": float("nan")}, "temperature=nan"),
-        ({"top_k": -1}, "top_k=-1 must be a whole number"),
-        ({"top_p": 0.0}, "top_p=0.0 must be above 0 and at most 1"),
+        ({"temperature": 1e-39}, "temperature=1e-39 must be .* in float32's range"),
+        ({"temperature": 1e39}, r"temperature=1e\+39 must be"),
+        ({"top_k": -1}, "top_k=-1 must be a whole number of tokens; for all of them write top_k=0"),
+        ({"top_p": 1e-46}, "top_p=1e-46 must be"),
+        ({"repetition_penalty": 1e-40}, "repetition_penalty=1e-40 must be"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty=inf must be"),
+        ({"top_p": 0.0}, "top_p=0.0 must be above 0 .* and at most 1"),
         ({"top_p": 1.1}, "top_p=1.1"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 must be positive"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 must be above 0"),
     ],
 )
 def test_parameter_out_of_range_is_a_value_error(kwargs, message):
     with pytest.raises(ValueError, match=message):
         SamplingParams(**kwargs)
+
+
+SMALLEST, LARGEST = 2.0**-126, 3e38
+
+
+def test_the_smallest_and_the_largest_parameters_give_the_limit_that_they_mean_and_no_nan(device):
+    torch.manual_seed(0)
+    logits = torch.randn(1, 1000) * 30
+    largest_seen = logits[0, SEEN].argmax()  # of the scores that are seen, positive ones first
+    assert logits[0, SEEN].amax() > 0
+    greedy, repeated, anything = [int(logits.argmax())], [SEEN[largest_seen]], range(1000)
+    for params, expected in (
+        (sampled(temperature=SMALLEST), greedy),
+        (sampled(top_p=SMALLEST), greedy),
+        (sampled(temperature=SMALLEST, top_p=SMALLEST, top_k=10**400), greedy),
+        (SamplingParams(repetition_penalty=1e-30), repeated),
+        (SamplingParams(repetition_penalty=SMALLEST), SEEN),
+        (SamplingParams(repetition_penalty=LARGEST), set(anything) - set(SEEN)),
+        (sampled(temperature=SMALLEST, repetition_penalty=SMALLEST), SEEN),
+        (sampled(temperature=LARGEST), anything),
+    ):
+        inputs = unpacked(rows_of([params], 1000, uniform=0.5), 1000, device)
+        (token,), logprobs = chosen(sample(logits.to(device), inputs))
+        assert token in expected, params
+        assert torch.isfinite(logprobs).all(), params
 
 
 SAMPLED = GenerationConfig(do_sample=True, temperature=1.2, top_k=30, top_p=0.95, max_new_tokens=10)

@@ -94,7 +94,7 @@ def _compile(chip: str, program: Path) -> str:
     from jaxlib import _jax, xla_client
     from jaxlib.mlir.dialects import stablehlo
 
-    from torch_rpa.kernels.chips import named
+    from torch_rpa.chips import named
 
     (device, *_) = topologies.get_topology_desc(topology_name=named(chip).topology, platform="tpu").devices
     options = xla_client.CompileOptions.ParseFromString(program.with_suffix(".options").read_bytes())

@@ -5,7 +5,7 @@ from importlib.metadata import version
 import pytest
 
 from torch_rpa.aot import OpCase, compile_report
-from torch_rpa.kernels.chips import named
+from torch_rpa.chips import named
 from torch_rpa.workloads import MODELS
 
 LLAMA, PHI = MODELS["llama-3-8b"].heads, MODELS["phi-3-mini"].heads

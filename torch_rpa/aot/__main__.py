@@ -12,26 +12,27 @@ otherwise with 1.
 import argparse
 import os
 import sys
-from importlib.util import find_spec
 
-from torch_rpa import workloads
-from torch_rpa.aot import models, table
-from torch_rpa.aot.answer import Answer, answer, whole_model_answer
+from torch_rpa import chips, workloads
+from torch_rpa.aot import models
 from torch_rpa.aot.plan import DEFAULT_CONTEXT, KV_DTYPES, Plan
-from torch_rpa.aot.tune import Tried, tune
-from torch_rpa.kernels.chips import CHIPS
+from torch_rpa.extras import from_extra, require
+from torch_rpa.validation import PAGE_SIZES
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m torch_rpa.aot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--chip", required=True, choices=CHIPS)
+    nicknames = ", ".join(f"{nickname} is {chip}" for nickname, chip in chips.NICKNAMES.items())
+    parser.add_argument("--chip", required=True, type=_chip, help=f"one of {', '.join(chips.CHIPS)}; {nicknames}")
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--model", help=f"a folder, a config.json, or one of {', '.join(workloads.MODELS)}")
     model.add_argument("--heads", type=_heads, help="instead of a model: query heads/KV heads/head_dim, as 32/8/128")
     parser.add_argument("--layers", type=_count, default=1, help="with --heads (default: 1)")
-    parser.add_argument("--page-size", type=_count, default=128, help="tokens in a page (default: 128)")
+    parser.add_argument(
+        "--page-size", type=int, choices=PAGE_SIZES, default=128, help="tokens in a page (default: 128)"
+    )
     parser.add_argument("--max-tokens", type=_count, default=512, help="rows of a step (default: 512)")
     parser.add_argument("--max-seqs", type=_count, default=64, help="sequences at a time (default: 64)")
     parser.add_argument(
@@ -67,30 +68,28 @@ def plan_of(args: argparse.Namespace) -> Plan:
 
 
 def main(argv=None) -> int:
-    """The exit code."""
+    """The exit code. What takes seconds to import waits until the command line is known to make sense."""
     os.environ.setdefault("PJRT_DEVICE", "CPU")
     args = parse_args(argv)
     try:
-        _require_libtpu()
         plan = plan_of(args)
+        require("jax", "libtpu", *["torch_xla"] * args.whole_model, extra="aot", needed_for="compiling for a TPU")
+        with from_extra("aot", "torch_rpa.aot"):
+            from torch_rpa.aot import answer, table, tune
     except (ImportError, ValueError, NotImplementedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    found = whole_model_answer(plan) if args.whole_model else answer(plan)
-    tried = _tune(found) if args.tune else []
+    found = answer.whole_model_answer(plan) if args.whole_model else answer.answer(plan)
+    tried = tune.tune_most_called(found) if args.tune else []
     print(table.as_json(found, tried) if args.json else table.text(found, tried))
     return 1 if found.problems else 0
 
 
-def _tune(found: Answer) -> list[Tried]:
-    """Of the op that the most layers call; nothing where its time is not known."""
-    timed = [answer for answer in found.ops if answer.modelled and not answer.problem]
-    return tune(max(timed, key=lambda answer: answer.op.num_layers)) if timed else []
-
-
-def _require_libtpu() -> None:
-    if find_spec("libtpu") is None:
-        raise ImportError("compiling for a TPU needs libtpu; pip install 'torch_rpa[xla]'")
+def _chip(text: str) -> str:
+    try:
+        return chips.named(text).name
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(chips.CHIPS)}, got {text!r}") from None
 
 
 def _count(text: str) -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch_rpa import workloads
+from torch_rpa.extras import from_extra
 
 
 @dataclass(frozen=True)
@@ -79,15 +80,13 @@ def meta_model(config):
 
 
 def _config(name: str):
-    from transformers import AutoConfig
-
-    if name in workloads.MODELS:
-        return AutoConfig.for_model(**workloads.MODELS[name].config)
-    path = Path(name)
-    if not (path.is_file() or (path / "config.json").is_file()):
+    is_named, path = name in workloads.MODELS, Path(name)
+    if not (is_named or path.is_file() or (path / "config.json").is_file()):
         names = ", ".join(workloads.MODELS)
         raise ValueError(f"--model must be a folder with a config.json, such a file, or one of {names}; got {name!r}")
-    return AutoConfig.from_pretrained(path)
+    with from_extra("aot", "--model"):
+        from transformers import AutoConfig
+    return AutoConfig.for_model(**workloads.MODELS[name].config) if is_named else AutoConfig.from_pretrained(path)
 
 
 def _layers(model) -> dict[LayerKind, int]:

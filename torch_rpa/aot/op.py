@@ -34,7 +34,7 @@ class OpCase:
     """One op at one set of shapes, for one chip.
 
     Attributes:
-        chip: a name in ``torch_rpa.kernels.chips.CHIPS``.
+        chip: a name in ``torch_rpa.chips.CHIPS``.
         heads: (num_q_heads, num_kv_heads, head_dim).
         kv_dtype: of the pages; None for that of q.
         form: of the pages, "flat" or "heads".
@@ -194,7 +194,7 @@ def compile_for(chip: str, function, specs, donate_argnums=()):
     """Any JAX function compiled for one device of a chip.
 
     Args:
-        chip: a name in ``torch_rpa.kernels.chips.CHIPS``; the installed libtpu must know it.
+        chip: a name in ``torch_rpa.chips.CHIPS``; the installed libtpu must know it.
         specs: ``jax.ShapeDtypeStruct``s of the function's arguments.
     """
     import jax
@@ -202,7 +202,7 @@ def compile_for(chip: str, function, specs, donate_argnums=()):
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
 
-    from torch_rpa.kernels.chips import named
+    from torch_rpa.chips import named
 
     device = topologies.get_topology_desc(topology_name=named(chip).topology, platform="tpu").devices[0]
     on_device = SingleDeviceSharding(device)

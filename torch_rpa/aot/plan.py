@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-from torch_rpa import workloads
+from torch_rpa import chips, workloads
 from torch_rpa.aot.models import LayerKind, ModelFacts
 from torch_rpa.aot.op import OpCase
-from torch_rpa.kernels import chips
 from torch_rpa.validation import PAGE_SIZES, TPU_MAX_TABLE_BYTES, page_table_bytes, stored_kv_heads
 
 KV_DTYPES = ("bfloat16", "float8_e4m3fn", "float8_e5m2", "int8")
@@ -19,7 +18,7 @@ class Plan:
     """A model on ``num_chips`` chips, its heads shared out over them, and the sizes of its steps.
 
     Attributes:
-        chip: a name in ``torch_rpa.kernels.chips.CHIPS``.
+        chip: a name in ``torch_rpa.chips.CHIPS``.
         max_tokens: rows of a step.
         max_seqs: sequences at a time.
         max_context: tokens of one sequence.
@@ -37,7 +36,7 @@ class Plan:
 
     def problems(self) -> list[str]:
         """What can be said to fail without compiling, each with the option to change; empty if nothing can."""
-        return [*self._heads_problems(), *self._size_problems()] or self._smem_problems()
+        return [*self._heads_problems(), *self._size_problems(), *self._weight_problems()] or self._smem_problems()
 
     def hbm_problem(self) -> str | None:
         """Why there is no room for one sequence in HBM, with the options to change; None if there is."""
@@ -74,6 +73,23 @@ class Plan:
     @property
     def cache_pages(self) -> int:
         return self.cache_tokens // self.page_size
+
+    @property
+    def patch_settings(self) -> dict[str, object] | None:
+        """The settings of ``torch_rpa.hf.patch`` that make the engine what is planned here; None if none do.
+
+        The mesh of several chips is left out, and the dtype of the cache is a name.
+        """
+        if self.model.config is None or self.kv_dtype == "int8":
+            return None
+        return {
+            "page_size": self.page_size,
+            "num_pages": self.cache_pages,
+            "max_num_seqs": self.max_seqs,
+            "max_seq_len": self.max_context,
+            "token_buckets": tuple(sorted({self.max_seqs, self.max_tokens})),
+            **({"kv_dtype": self.kv_dtype} if self.kv_dtype != DTYPE else {}),
+        }
 
     def heads_of_one_chip(self, kind: LayerKind) -> tuple[int, int, int]:
         """(num_q_heads, num_kv_heads, head_dim) that one chip computes; with more chips than KV heads each has one."""
@@ -136,6 +152,15 @@ class Plan:
         if longest is not None and self.max_context > longest:
             found.append(f"the model has positions for {longest} tokens only: lower --max-context {self.max_context}")
         return found
+
+    def _weight_problems(self) -> list[str]:
+        hbm, weights = chips.CHIPS[self.chip].hbm_bytes, self.weight_bytes or 0
+        if weights < hbm:
+            return []
+        return [
+            f"HBM: weights of {weights / 2**30:.1f} GiB do not fit in the {hbm / 2**30:.0f} GiB of a {self.chip}: "
+            f"raise --num-chips to {-(-weights * self.num_chips // hbm)} or more"
+        ]
 
     def _smem_problems(self) -> list[str]:
         table = page_table_bytes(self.max_seqs, self.pages_per_seq)

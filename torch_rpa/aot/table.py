@@ -4,12 +4,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from torch_rpa import chips
 from torch_rpa.aot import times
 from torch_rpa.aot.answer import Answer, OpAnswer
 from torch_rpa.aot.plan import CACHE_SHARE, Plan
 from torch_rpa.aot.tune import Tried
 from torch_rpa.aot.whole_model import ModelReport
-from torch_rpa.kernels import chips
 from torch_rpa.validation import TPU_SMEM_BYTES
 
 _KIB, _MIB, _GIB = 2**10, 2**20, 2**30
@@ -26,6 +26,8 @@ def text(answer: Answer, tried: Sequence[Tried] = ()) -> str:
         parts.append(_align(_tuning_rows(tried)))
     if answer.model:
         parts.append(_align(_model_rows(answer.model)))
+    if not answer.problems and answer.plan.patch_settings:
+        parts.append(f"The engine that was modelled:\n{_patch_call(answer.plan)}")
     parts.append("\n".join(f"error: {problem}" for problem in answer.problems) or "It compiles and fits.")
     return "\n\n".join(parts)
 
@@ -35,6 +37,7 @@ def as_json(answer: Answer, tried: Sequence[Tried] = ()) -> str:
     plan = answer.plan
     named = ("chip", "num_chips", "page_size", "max_tokens", "max_seqs", "max_context", "kv_dtype")
     known = {name: getattr(plan, name) for name in named} | {"model": plan.model.name, "problems": answer.problems}
+    known["patch"] = plan.patch_settings
     if answer.ops or answer.model:
         memory = ("weight_bytes", "token_bytes", "cache_tokens")
         known["memory"] = {"hbm_bytes": chips.CHIPS[plan.chip].hbm_bytes, **{n: getattr(plan, n) for n in memory}}
@@ -64,6 +67,16 @@ def _heading(plan: Plan) -> str:
     layers = f"{num_q_heads} query and {num_kv_heads} KV heads of {head_dim}, {model.num_layers} layers"
     sizes = f"{plan.max_tokens} tokens a step, {plan.max_seqs} sequences of up to {plan.max_context} tokens"
     return f"{model.name} on {chips_}: {layers}\n{sizes}; pages of {plan.page_size} tokens, {plan.kv_dtype}"
+
+
+def _patch_call(plan: Plan) -> str:
+    """What to type for the engine of a plan."""
+    settings = {name: repr(value) for name, value in (plan.patch_settings or {}).items()}
+    if "kv_dtype" in settings:
+        settings["kv_dtype"] = f"torch.{plan.kv_dtype}"
+    if plan.num_chips > 1:
+        settings["mesh"] = "mesh"
+    return f"torch_rpa.hf.patch(model, {', '.join(f'{name}={value}' for name, value in settings.items())})"
 
 
 def _memory_rows(plan: Plan) -> list[list[str]]:

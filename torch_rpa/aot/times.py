@@ -6,7 +6,7 @@ import numpy as np
 
 from torch_rpa import tpu_time, workloads
 from torch_rpa.aot.op import OpCase
-from torch_rpa.kernels.chips import CHIPS
+from torch_rpa.chips import CHIPS
 
 
 class OpTime(NamedTuple):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from torch_rpa.aot.answer import OpAnswer, op_answer
+from torch_rpa.aot.answer import Answer, OpAnswer, op_answer
 
 _FEWEST_ROWS = 16  # a tile of the narrowest q dtype
 
@@ -30,6 +30,12 @@ class Tried(NamedTuple):
     answer: OpAnswer
     ratio: float | None
     is_rule: bool = False
+
+
+def tune_most_called(found: Answer) -> list[Tried]:
+    """``tune`` of the op that the most layers call; nothing where its time is not known."""
+    timed = [answer for answer in found.ops if answer.modelled and not answer.problem]
+    return tune(max(timed, key=lambda answer: answer.op.num_layers)) if timed else []
 
 
 def tune(rule: OpAnswer) -> list[Tried]:

@@ -15,9 +15,9 @@ from collections import Counter
 from functools import cache
 from typing import NamedTuple
 
+from torch_rpa import chips
 from torch_rpa.aot.op import child_environment, failure, hbm_copies
 from torch_rpa.aot.plan import Plan
-from torch_rpa.kernels import chips
 
 
 class ModelReport(NamedTuple):

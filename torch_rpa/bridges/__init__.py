@@ -10,18 +10,20 @@ imported when its device is first asked for.
 
 import torch
 
-from torch_rpa.bridges.interface import Bridge, ProgramEvicted, Programs
+from torch_rpa.bridges.interface import Bridge, ProgramEvicted, Programs, TraceInterrupted
+from torch_rpa.extras import from_extra
 
-__all__ = ["Bridge", "ProgramEvicted", "Programs", "of"]
+__all__ = ["Bridge", "ProgramEvicted", "Programs", "TraceInterrupted", "of"]
 
 
 def of(device: torch.device | str) -> Bridge | None:
     """The bridge to a device; None for one that needs none: the CPU, and "meta"."""
     kind = device.type if isinstance(device, torch.device) else torch.device(device).type
-    if kind == "xla":
-        from torch_rpa.bridges.torch_xla.bridge import BRIDGE
-    elif kind == "tpu":
-        from torch_rpa.bridges.torch_tpu.bridge import BRIDGE
-    else:
+    if kind not in ("xla", "tpu"):
         return None
+    with from_extra(kind, f'device "{kind}"'):
+        if kind == "xla":
+            from torch_rpa.bridges.torch_xla.bridge import BRIDGE
+        else:
+            from torch_rpa.bridges.torch_tpu.bridge import BRIDGE
     return BRIDGE

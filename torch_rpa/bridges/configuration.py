@@ -2,13 +2,13 @@
 
 import os
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 
 from torch_rpa.bridges import target as targets
 from torch_rpa.bridges.target import Target
+from torch_rpa.extras import require
 from torch_rpa.options import AttentionOptions
 from torch_rpa.validation import ArgSpec, check_static, dtype_name
 
@@ -42,12 +42,11 @@ class Configuration(NamedTuple):
         """With a target, which without one of its own is the device's, and checked.
 
         Raises:
-            ImportError: JAX is not installed.
+            ModuleNotFoundError: JAX is not installed.
             ValueError, TypeError, NotImplementedError: what the static checks raise.
         """
-        if find_spec("jax") is None:
-            device = self.specs[0][3].type
-            raise ImportError(f"torch_rpa needs JAX for {device.upper()} tensors; pip install 'torch_rpa[{device}]'")
+        device = self.specs[0][3].type
+        require("jax", extra=device, needed_for=f'device "{device}"')
         configuration = self._replace(target=self.target or device_target())
         configuration._check()
         return configuration

@@ -17,6 +17,18 @@ class ProgramEvicted(RuntimeError):
     """The device's cache of programs has dropped one that was to be run again: trace it anew. Nothing has run."""
 
 
+class TraceInterrupted(RuntimeError):
+    """Another thread ran what is pending in the process while a program was traced: trace it anew. What the trace had
+    updated so far holds data again, maybe already updated.
+
+    program_hash: of the trace, if it came to its end.
+    """
+
+    def __init__(self, program_hash: object = None) -> None:
+        super().__init__("another thread ran what was pending in the process while a program was traced")
+        self.program_hash = program_hash
+
+
 class Programs:
     """How many programs were compiled for one owner, such as an engine, whatever else the process compiles meanwhile.
 

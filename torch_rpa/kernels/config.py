@@ -26,8 +26,9 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from torch_rpa.kernels import chips, tuning
-from torch_rpa.kernels.chips import Chip
+from torch_rpa import chips
+from torch_rpa.chips import Chip
+from torch_rpa.kernels import tuning
 from torch_rpa.kernels.widen import widen_scale
 from torch_rpa.options import AttentionOptions
 from torch_rpa.validation import page_shape, page_table_bytes, tpu_reasons

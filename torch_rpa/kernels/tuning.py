@@ -11,7 +11,7 @@
 from dataclasses import replace
 from typing import NamedTuple
 
-from torch_rpa.kernels.chips import Chip
+from torch_rpa.chips import Chip
 from torch_rpa.options import AttentionOptions
 
 # Row blocks are whole tiles of the narrowest q dtype.

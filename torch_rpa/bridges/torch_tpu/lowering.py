@@ -48,7 +48,7 @@ def call(op: str, args: dict[str, torch.Tensor], options: dict, donated: str | N
 
 def target() -> Target:
     """What is lowered for: what ``targets.using`` says, or else the device."""
-    from torch_rpa.kernels import chips
+    from torch_rpa import chips
 
     kind = tpu.device_attributes()["device_kind"]
     return targets.chosen() or Target("cpu" if kind == "cpu" else "tpu", chips.name_of(kind))

@@ -74,7 +74,7 @@ def _platform() -> str:
 def _chip() -> str | None:
     """Under SPMD, whose virtual device does not say, it is what the host's accelerator type tells: an environment
     variable or the metadata server, where PyTorch/XLA itself looks."""
-    from torch_rpa.kernels import chips
+    from torch_rpa import chips
 
     if xr.is_spmd():
         return chips.name_on(_accelerator()) if xr.device_type() == "TPU" else None

@@ -5,17 +5,20 @@ costs tens of milliseconds a step. Here the hash and the program's inputs are ke
 own backend for torch.compile keeps them, but without Dynamo: what is traced is the model as it stands.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch_xla.core.xla_model as xm
 from torch_xla.utils.buffer_donor_context import alias_with_buffer_donor_config
 
-from torch_rpa.bridges.interface import ProgramEvicted, Programs
+from torch_rpa.bridges.interface import ProgramEvicted, Programs, TraceInterrupted
 from torch_rpa.bridges.torch_xla.device import run_pending
 from torch_rpa.bridges.torch_xla.names import xla
 
-_EVICTED = "computation by hash"  # of PyTorch/XLA's message
+# Of PyTorch/XLA's messages.
+_EVICTED = "computation by hash"
+_TAKEN_AWAY = "data()->tensor_data"
 
 
 class Replay:
@@ -27,6 +30,10 @@ class Replay:
         updated: tensors that it changes in place; their buffers are reused.
         constants: tensors it reads that stay the same objects, such as weights; each run reads their present values.
         programs: what the program is counted in.
+        former_hash: of a trace that seemed interrupted. If this one is the same, neither was.
+
+    Raises:
+        TraceInterrupted: another thread's ``torch_xla.sync()`` has run parts of the trace, which are now data in it.
     """
 
     def __init__(
@@ -36,6 +43,7 @@ class Replay:
         updated: list[torch.Tensor],
         constants: Iterable[torch.Tensor],
         programs: Programs | None = None,
+        former_hash: int | None = None,
     ) -> None:
         constants = list(constants)
         _materialise([*constants, *updated])
@@ -43,22 +51,29 @@ class Replay:
         live = dict(zip(_buffers(updated), updated, strict=True))
         self._updated = updated
         self._donate()
-        outputs = [*updated, *trace()]
+        with interruptible(updated):
+            outputs = [*updated, *trace()]
         _, values = xla.parameters_of(outputs)
         buffers = _buffers(values)
         self._hash = _compile(outputs)
-        self._programs = programs or Programs()
-        self._programs.add(self._hash)
         # Nothing has run yet: what tracing updated gets the buffer back that it had.
         for buffer, value in zip(buffers, values, strict=True):
             if buffer in live:
                 xla.replace_data(live[buffer], value)
         live.update(zip(_buffers(constants), constants, strict=True))
-        # What is neither live nor an input is a constant that tracing made, such as a scalar.
         self._arguments = [live.get(buffer, value) for buffer, value in zip(buffers, values, strict=True)]
         self._live = [live[buffer] for buffer in buffers if buffer in live]
         # An input that the program does not read has no place among its arguments.
-        self._places = [buffers.index(buffer) if buffer in buffers else None for buffer in _buffers(inputs)]
+        of_inputs = _buffers(inputs)
+        self._places = [buffers.index(buffer) if buffer in buffers else None for buffer in of_inputs]
+        # What is neither live nor an input is a constant that tracing made: Python's numbers are, as scalars. An array
+        # is most likely half of a trace, with the values of these very inputs.
+        made = [value for buffer, value in zip(buffers, values, strict=True) if buffer not in {*live, *of_inputs}]
+        if any(value.dim() for value in made) and self._hash != former_hash:
+            _materialise(updated)
+            raise TraceInterrupted(self._hash)
+        self._programs = programs or Programs()
+        self._programs.add(self._hash)
 
     def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """Start the program with these inputs: its results. `updated` are up to date afterwards.
@@ -93,6 +108,19 @@ class Replay:
     def _donate(self, is_donated: bool = True) -> None:
         for tensor in self._updated:
             xla.set_donation(tensor, is_donated)
+
+
+@contextmanager
+def interruptible(updated: list[torch.Tensor]) -> Iterator[None]:
+    """Around a trace that changes `updated` in place: turns what another thread's ``torch_xla.sync()`` does to it into
+    TraceInterrupted. Such a call runs all that is pending in the process, half-traced steps among it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _TAKEN_AWAY not in str(error):
+            raise
+        _materialise(updated)
+        raise TraceInterrupted from error
 
 
 def _buffers(tensors: list[torch.Tensor]) -> list[int]:

@@ -9,7 +9,7 @@ from torch_rpa.hf._transformers import ContinuousBatchingConfig, GenerationOutpu
 from torch_rpa.hf.api.batching_config import batching_options
 from torch_rpa.hf.api.gate import gate_of
 from torch_rpa.hf.api.generation_config import RequestParams, resolve
-from torch_rpa.hf.api.requests import Request, check_seed, output_of, refusal, request_seed, token_ids
+from torch_rpa.hf.api.requests import Request, check_seed, output_of, prompts_of, refusal, request_seed
 from torch_rpa.hf.engine.engine import Engine
 
 
@@ -51,10 +51,10 @@ def generate_batch(
     token ids outside the vocabulary; NotImplementedError for settings the engine does not have; TypeError for
     unknown keywords; RuntimeError while a manager runs on the model.
     """
-    options = batching_options(continuous_batching_config)
+    options = batching_options(continuous_batching_config, gate_of(model).config)
     seed = options.seed if seed is None else seed
     check_seed(seed)
-    prompts = [token_ids(prompt) for prompt in inputs]
+    prompts = prompts_of(inputs)
     if not prompts:
         return {}
     params = resolve(model, generation_config, tokenizer, **generation_kwargs)

@@ -1,34 +1,26 @@
 """A transformers GenerationConfig as the engine's own parameters; what has no meaning here is refused."""
 
+import logging
 import numbers
 import operator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from torch_rpa.hf.api import settings
 from torch_rpa.hf.engine.sampling import GREEDY, SamplingParams
 from torch_rpa.hf.engine.stop_strings import StopStrings
+from torch_rpa.hf.names import unknown_names
 
-# Fields the engine honours.
-_HONOURED = {
-    "max_new_tokens", "max_length", "min_new_tokens", "min_length", "do_sample", "temperature", "top_k", "top_p",
-    "repetition_penalty", "eos_token_id", "stop_strings", "num_return_sequences",
-}  # fmt: skip
-# Fields that change nothing here: nothing is padded, nothing is compiled by transformers, and the assistant's
-# settings matter only with an assistant model, which the engine does not take.
-_WITHOUT_EFFECT = {
-    "pad_token_id", "bos_token_id", "decoder_start_token_id", "disable_compile", "transformers_version",
-    "early_stopping", "length_penalty", "diversity_penalty", "num_beam_groups",
-    "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
-    "assistant_early_exit", "assistant_lookbehind", "target_lookbehind", "max_matching_ngram_size",
-}  # fmt: skip
+logger = logging.getLogger(__name__)
+
 # Integers, and the least that each may be; for top_k that depends on whether anything is sampled.
 _COUNTS = {
     "max_new_tokens": 1, "max_length": 1, "min_new_tokens": 0, "min_length": 0, "num_return_sequences": 1, "top_k": None
 }  # fmt: skip
 _NUMBERS = ("temperature", "top_p", "repetition_penalty")
-# Values other than None, False, 0 and [] that mean "off".
-_NEUTRAL = {"num_beams": 1, "use_cache": True, "encoder_repetition_penalty": 1.0, "typical_p": 1.0}
+_FIELDS = [name for name in vars(GenerationConfig()) if not name.startswith("_")]
 
 
 @dataclass(frozen=True)
@@ -75,38 +67,76 @@ def resolve(
     transformers' defaults, as in `generate`.
 
     stop_strings need the tokenizer. Raises NotImplementedError that lists every field set to something the engine does
-    not do, TypeError for a name that is no field, ValueError for a bad value.
+    not do (`settings` says which), TypeError for a name that is no field, ValueError for a bad value.
     """
-    if config is not None and not isinstance(config, GenerationConfig):
-        raise TypeError(f"generation_config must be a transformers.GenerationConfig, got {type(config).__name__}")
-    values = _checked_kinds(_merged(overrides, config, model.generation_config))
-    refused = [f"{name}={value!r}" for name, value in values.items() if not _is_supported(name, value)]
-    if refused:
-        raise NotImplementedError(f"torch_rpa.hf does not support these generation settings: {', '.join(refused)}")
+    values = _checked_kinds(_accepted(model.generation_config, config, overrides))
     return RequestParams(
         max_new_tokens=values["max_new_tokens"],
         max_length=values["max_length"],
         min_new_tokens=values["min_new_tokens"],
         min_length=values["min_length"],
-        stop_token_ids=_stop_token_ids(values["eos_token_id"]),
+        stop_token_ids=frozenset(i for i in token_id_list("eos_token_id", values["eos_token_id"]) if i >= 0),
         stop_strings=_stop_strings(values["stop_strings"], tokenizer),
         sampling=_sampling(values),
         num_return_sequences=values["num_return_sequences"] or 1,
     )
 
 
-def _merged(overrides: dict, config: GenerationConfig | None, defaults: GenerationConfig) -> dict:
-    fields = [name for name in vars(GenerationConfig()) if not name.startswith("_")]
-    unknown = sorted(overrides.keys() - set(fields))
-    if unknown:
-        raise TypeError(
-            f"torch_rpa.hf does not know the keywords {', '.join(unknown)}; see transformers.GenerationConfig"
-        )
-    values = {name: getattr(defaults, name, None) for name in fields}
-    given = {name: getattr(config, name, None) for name in fields} if config is not None else {}
-    for source in (given, overrides):
-        values.update({name: value for name, value in source.items() if value is not None})
+def _accepted(defaults: GenerationConfig, config: GenerationConfig | None, overrides: dict) -> dict:
+    """The value of every field, once nothing that was said is refused."""
+    if config is not None and not isinstance(config, GenerationConfig):
+        raise TypeError(f"generation_config must be a transformers.GenerationConfig, got {type(config).__name__}")
+    _check_names(overrides)
+    own = _said(defaults)
+    given = (_said(config) if config is not None else {}) | {n: v for n, v in overrides.items() if v is not None}
+    values = dict.fromkeys(_FIELDS) | {n: v for n, v in (own | given).items() if n in _FIELDS}
+    said = {name: value for name, value in values.items() if value is not None}
+    samples = bool(values["do_sample"])
+    refused = settings.refused(said, settings.GENERATION, samples=samples) + _undefined(given, own)
+    if refused:
+        raise NotImplementedError(f"torch_rpa.hf does not support these generation settings: {', '.join(refused)}")
+    if not samples:
+        _warn_of_what_only_sampling_reads(given, own)
     return values
+
+
+def _check_names(overrides: dict) -> None:
+    if unknown := unknown_names(overrides, _FIELDS, settings.NAMES_ELSEWHERE):
+        raise TypeError(f"torch_rpa.hf does not know the keywords {unknown}; see transformers.GenerationConfig")
+
+
+def _said(config: GenerationConfig) -> dict:
+    """The attributes that are set, among them those that GenerationConfig does not define."""
+    return {n: v for n, v in vars(config).items() if v is not None and not n.startswith("_")}
+
+
+def _undefined(given: dict, own: dict) -> list[str]:
+    """What is refused because GenerationConfig does not define it: what the caller set, and of what stands on
+    model.generation_config, which checkpoints fill with much that nobody reads, only names with a meaning elsewhere."""
+    extra = {n: v for n, v in given.items() if n not in _FIELDS and not settings.is_same(v, own.get(n))}
+    extra |= {name: own[name] for name in settings.NAMES_ELSEWHERE if name in own}
+    hint = "GenerationConfig does not define it"
+    return [
+        f"{n}={v!r} ({hint}; {settings.NAMES_ELSEWHERE[n]})" if n in settings.NAMES_ELSEWHERE else f"{n}={v!r} ({hint})"
+        for n, v in extra.items()
+    ]
+
+
+def _warn_of_what_only_sampling_reads(given: dict, own: dict) -> None:
+    """Once for each text, as transformers does, and not for what the checkpoint says anyway."""
+    unread = [
+        f"{name}={given[name]!r}"
+        for name, setting in settings.GENERATION.items()
+        if setting.only_sampling and name in given
+        if not setting.is_off(given[name]) and not settings.is_same(given[name], own.get(name))
+    ]
+    if unread:
+        _warn_once(f"{', '.join(unread)} without do_sample=True: the most likely token is taken, whatever they say")
+
+
+@lru_cache(maxsize=256)
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def _checked_kinds(values: dict) -> dict:
@@ -130,10 +160,6 @@ def as_integer(name: str, value: object, least: int | None = None) -> int:
     return operator.index(value)
 
 
-def _is_supported(name: str, value: object) -> bool:
-    return name in _HONOURED or name in _WITHOUT_EFFECT or not value or value == _NEUTRAL.get(name)
-
-
 def _sampling(values: dict) -> SamplingParams:
     def given(name, default):
         return default if values[name] is None else values[name]
@@ -150,17 +176,17 @@ def _sampling(values: dict) -> SamplingParams:
     )
 
 
-def _stop_token_ids(eos_token_id: int | list[int] | None) -> frozenset[int]:
-    """One id, several or none; negative ids mean none."""
-    if eos_token_id is None:
-        return frozenset()
-    ids = eos_token_id if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
-    ids = [as_integer("eos_token_id", token_id) for token_id in ids]
-    return frozenset(token_id for token_id in ids if token_id >= 0)
+def token_id_list(name: str, value: object) -> list[int]:
+    """One token id or several, also in an array or a tensor; none for None. ValueError for anything else."""
+    if value is None:
+        return []
+    value = value.tolist() if hasattr(value, "tolist") else value
+    ids = value if isinstance(value, (list, tuple, set, frozenset)) else [value]
+    return [as_integer(name, token_id) for token_id in ids]
 
 
 def _stop_strings(strings: str | list[str] | None, tokenizer) -> StopStrings | None:
-    if not strings:
+    if strings is None or not len(strings):
         return None
     if tokenizer is None:
         raise ValueError(f"stop_strings={strings!r} need the keyword tokenizer=, to turn tokens into text")

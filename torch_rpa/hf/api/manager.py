@@ -180,7 +180,7 @@ class Manager:
         return prompt
 
     def add_requests(self, inputs: SequenceOf[SequenceOf[int]], **kwargs) -> list[str]:
-        """`add_request` for each prompt; their ids in that order."""
+        """`add_request` for each prompt; their ids in that order. With a seed equal prompts get equal answers."""
         return [self.add_request(prompt, **kwargs) for prompt in inputs]
 
     def cancel_request(self, request_id: str) -> None:
@@ -225,7 +225,7 @@ def init_continuous_batching(
     workload_hints=None,
 ) -> Manager:
     """A `Manager` for this model, not started. workload_hints are not needed: the sizes are set by `patch`."""
-    return Manager(model, generation_config, batching_options(continuous_batching_config))
+    return Manager(model, generation_config, batching_options(continuous_batching_config, gate_of(model).config))
 
 
 @contextmanager

@@ -4,9 +4,11 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from torch_rpa.hf._transformers import GenerateDecoderOnlyOutput, prepare_generation_config
+from torch_rpa.hf.api import settings
 from torch_rpa.hf.api.gate import gate_of
-from torch_rpa.hf.api.generation_config import RequestParams, resolve
+from torch_rpa.hf.api.generation_config import RequestParams, resolve, token_id_list
 from torch_rpa.hf.api.requests import Request, refusal, request_seed
+from torch_rpa.hf.names import unknown_names
 
 
 def generate(
@@ -36,17 +38,26 @@ def generate(
     """
     ids = _two_dimensional(inputs, input_ids)
     config, other = prepare_generation_config(model, generation_config, **generation_kwargs)
-    unknown = [name for name, value in other.items() if value is not None and name != "synced_gpus"]
-    if unknown:
-        raise TypeError(f"generate of a model patched by torch_rpa.hf does not take {', '.join(unknown)}")
+    _check_keywords(other)
     gives_dict, config.return_dict_in_generate = config.return_dict_in_generate, False
     max_lengths = (generation_kwargs.get("max_length"), getattr(generation_config, "max_length", None))
     has_max_length = any(length is not None for length in (*max_lengths, model.generation_config.max_length))
     _set_limits(config, ids.shape[1], has_max_length)
     params = resolve(model, config, tokenizer)
-    prompts = _prompts(ids, attention_mask, config.pad_token_id, params.stop_token_ids)
-    sequences = _with_answers(ids, _answer(model, prompts, params), params, _filler(config))
+    padding = next(iter(token_id_list("pad_token_id", config.pad_token_id)), None)
+    prompts = _prompts(ids, attention_mask, padding, params.stop_token_ids)
+    sequences = _with_answers(ids, _answer(model, prompts, params), params, _filler(padding, config))
     return GenerateDecoderOnlyOutput(sequences=sequences) if gives_dict else sequences
+
+
+def _check_keywords(keywords: dict) -> None:
+    """Those that are no fields of GenerationConfig, and no parameters of `generate` above."""
+    known = [*settings.GENERATE_KEYWORDS, *settings.GENERATION]
+    if unknown := unknown_names(keywords, known, settings.NAMES_ELSEWHERE):
+        raise TypeError(f"generate of a model patched by torch_rpa.hf does not take {unknown}")
+    said = {name: v for name, v in keywords.items() if v is not None and name not in settings.GENERATION}
+    if refused := settings.refused(said, settings.GENERATE_KEYWORDS):
+        raise NotImplementedError(f"generate of a model patched by torch_rpa.hf does not support {'; '.join(refused)}")
 
 
 def _two_dimensional(inputs: torch.Tensor | None, input_ids: torch.Tensor | None) -> torch.Tensor:
@@ -103,12 +114,11 @@ def _answer(model: PreTrainedModel, prompts: list[list[int]], params: RequestPar
     return [sequence.generated_tokens for sequence in sequences]
 
 
-def _filler(config: GenerationConfig) -> int:
+def _filler(padding: int | None, config: GenerationConfig) -> int:
     """pad_token_id or the first stop token; without either all answers are of one length."""
-    if config.pad_token_id is not None:
-        return config.pad_token_id
-    eos = config.eos_token_id
-    return next(iter(eos), 0) if isinstance(eos, (list, tuple)) else (eos or 0)
+    if padding is not None:
+        return padding
+    return next(iter(token_id_list("eos_token_id", config.eos_token_id)), 0)
 
 
 def _with_answers(ids: torch.Tensor, answers: list[list[int]], params: RequestParams, filler: int) -> torch.Tensor:

@@ -1,6 +1,8 @@
 """From a caller's prompt to the engine, and from the engine to transformers' GenerationOutput."""
 
 import operator
+import reprlib
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -24,14 +26,30 @@ class Request:
         return engine.add(self.prompt_ids, request_id=self.request_id, seed=self.seed, **keywords)
 
 
+def prompts_of(inputs: SequenceOf[SequenceOf[int]]) -> list[list[int]]:
+    """Prompts as lists of ints. TypeError for anything else."""
+    expected = 'inputs must be a list of lists of token ids, such as tokenizer(texts)["input_ids"]'
+    if isinstance(inputs, (str, Mapping)):
+        raise TypeError(f"{expected}, got {_short(inputs)}")
+    return [_as_integers(prompt, f"{expected}; one of them is") for prompt in inputs]
+
+
 def token_ids(prompt: SequenceOf[int]) -> list[int]:
     """A prompt as a list of ints. TypeError for anything else."""
+    return _as_integers(prompt, 'input_ids must be a list of token ids, such as tokenizer(text)["input_ids"], got')
+
+
+def _as_integers(prompt: SequenceOf[int], message: str) -> list[int]:
     try:
-        if isinstance(prompt, str):
-            raise TypeError("text is not token ids")
         return [operator.index(token) for token in prompt]
     except TypeError as error:
-        raise TypeError(f"inputs must be a list of lists of token ids; one of them is {prompt!r}") from error
+        raise TypeError(f"{message} {_short(prompt)}") from error
+
+
+def _short(value: object) -> str:
+    """A value of plain types, shortened; the type of any other."""
+    is_plain = isinstance(value, (str, int, float, list, tuple))
+    return reprlib.repr(value) if is_plain else f"a {type(value).__name__}"
 
 
 def refusal(engine: Engine, prompt_ids: list[int], params: RequestParams) -> str | None:

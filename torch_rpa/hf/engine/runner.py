@@ -152,9 +152,9 @@ class ModelRunner:
     ) -> tuple[list[int], list[float]]:
         """With the whole vocabulary as candidates: exact for any parameters, and rarely needed."""
         vocab_size = logits.shape[-1]
-        result = sample(logits, unpack_sampling(numbers, bitmaps, vocab_size), vocab_size)
-        self._steps.materialise(result)
-        return _fetch(result)
+        return _fetch(
+            self._steps.evaluate(lambda: sample(logits, unpack_sampling(numbers, bitmaps, vocab_size), vocab_size))
+        )
 
 
 def _fetch(result: torch.Tensor) -> tuple[list[int], list[float]]:

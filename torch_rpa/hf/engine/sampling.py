@@ -15,9 +15,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from torch_rpa.options import LARGEST_FLOAT32, SMALLEST_FLOAT32
+
 # What top_k and top_p keep is nearly always among so many of the most likely tokens; `sample` says where it is not.
 NUM_CANDIDATES = 1024
 UNDECIDED = -1
+_POSITIVE = "above 0 and in float32's range (from 1.2e-38 to 3.4e38)"
+
+
+def _is_positive_float32(value: float) -> bool:
+    """A smaller one would be 0 on the device, a larger one infinite."""
+    return SMALLEST_FLOAT32 <= value <= LARGEST_FLOAT32
 
 
 @dataclass(frozen=True)
@@ -39,14 +47,14 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         problems = []
-        if not self.temperature > 0:
-            problems.append(f"temperature={self.temperature!r} must be positive (do_sample=False is greedy)")
+        if not _is_positive_float32(self.temperature):
+            problems.append(f"temperature={self.temperature!r} must be {_POSITIVE}; for greedy write do_sample=False")
         if self.top_k < 0 or self.top_k != int(self.top_k):
-            problems.append(f"top_k={self.top_k!r} must be a whole number of tokens, or 0 for all")
-        if not 0 < self.top_p <= 1:
-            problems.append(f"top_p={self.top_p!r} must be above 0 and at most 1")
-        if not self.repetition_penalty > 0:
-            problems.append(f"repetition_penalty={self.repetition_penalty!r} must be positive")
+            problems.append(f"top_k={self.top_k!r} must be a whole number of tokens; for all of them write top_k=0")
+        if not _is_positive_float32(self.top_p) or self.top_p > 1:
+            problems.append(f"top_p={self.top_p!r} must be {_POSITIVE}, and at most 1")
+        if not _is_positive_float32(self.repetition_penalty):
+            problems.append(f"repetition_penalty={self.repetition_penalty!r} must be {_POSITIVE}")
         if problems:
             raise ValueError("sampling: " + "; ".join(problems))
 
@@ -99,7 +107,7 @@ def pack_sampling(rows: list[SampleRow], num_seqs: int, vocab_size: int) -> tupl
         params = row.params
         numbers[index, 4] = params.repetition_penalty
         if params.do_sample:
-            numbers[index, :4] = 1.0, params.temperature, params.top_k, params.top_p
+            numbers[index, :4] = 1.0, params.temperature, min(params.top_k, vocab_size), params.top_p
             numbers[index, 5] = row.uniform
         for bitmap, tokens in zip(bitmaps[index], (row.seen, row.forbidden), strict=True):
             if tokens is not None:
@@ -140,33 +148,37 @@ def sample(logits: torch.Tensor, inputs: SampleInputs, num_candidates: int = NUM
     last = torch.where(weights > 0, ids, 0).amax(-1, keepdim=True)
     drawn = torch.minimum(torch.where(passed, ids, logits.shape[-1]).amin(-1, keepdim=True), last)
     tokens = torch.where(inputs.do_sample > 0, drawn, scores.argmax(-1, keepdim=True))
-    result = _result(scores, tokens, total.log() + scores.amax(-1, keepdim=True))
+    result = _result(scores, tokens, total.log())
     return torch.stack([torch.where(is_decided[:, 0], result[0], UNDECIDED), result[1]])
 
 
 def filtered(logits: torch.Tensor, inputs: SampleInputs, num_candidates: int) -> tuple[torch.Tensor, ...]:
-    """Processed scores [S, V], the weights exp(score - max) of the tokens that are kept [S, V], and is_decided [S, 1].
+    """Processed scores less the largest one [S, V], the weights exp(score) of the tokens that are kept [S, V], and
+    is_decided [S, 1].
 
     The weights are zero for tokens that top_k, top_p or the forbidden set leave out.
     """
     scores = logits.float()
     penalised = torch.where(scores > 0, scores / inputs.repetition_penalty, scores * inputs.repetition_penalty)
-    scores = torch.where(inputs.seen, penalised, scores)
-    scores = torch.where(inputs.forbidden, -torch.inf, scores) / inputs.temperature
-    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    # A small penalty leaves float32's range, and so does a low temperature: without infinite scores there is no NaN.
+    scores = torch.where(inputs.seen, penalised.clamp(-LARGEST_FLOAT32, LARGEST_FLOAT32), scores)
+    scores = torch.where(inputs.forbidden, -torch.inf, scores)
+    relative = (scores - scores.amax(-1, keepdim=True)) / inputs.temperature
+    weights = relative.exp()
     threshold, is_decided = _threshold(scores, weights, inputs, min(num_candidates, scores.shape[-1]))
-    return scores, torch.where(scores >= threshold, weights, 0.0), is_decided
+    return relative, torch.where(scores >= threshold, weights, 0.0), is_decided
 
 
 def _threshold(scores, weights, inputs: SampleInputs, num_candidates: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The least score that top_k and top_p keep [S, 1], and whether the candidates were enough to know it."""
+    """The least score, before the temperature, that top_k and top_p keep [S, 1], and whether the candidates were enough
+    to know it."""
     vocab_size = scores.shape[-1]
     values = scores.topk(num_candidates, dim=-1).values  # the most likely first
     has_top_k = (inputs.top_k >= 1) & (inputs.top_k < vocab_size)
     rank = inputs.top_k.clamp(1, num_candidates).long() - 1
     threshold = torch.where(has_top_k, values.gather(-1, rank), -torch.inf)
     total = torch.where(scores >= threshold, weights, 0.0).sum(-1, keepdim=True)
-    masses = torch.where(values >= threshold, (values - values[:, :1]).exp(), 0.0)
+    masses = torch.where(values >= threshold, ((values - values[:, :1]) / inputs.temperature).exp(), 0.0)
     in_nucleus = (values >= threshold) & (masses.cumsum(-1) - masses < inputs.top_p * total)
     nucleus = torch.where(in_nucleus, values, torch.inf).amin(-1, keepdim=True)
     has_top_p = inputs.top_p < 1

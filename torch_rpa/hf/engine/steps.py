@@ -1,5 +1,6 @@
 """Who runs a step on which device: the one place that tells devices apart."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -25,8 +26,8 @@ class Steps(Protocol):
     def run(self, layout: BatchLayout, cache: PagedKVCache, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """`run_step`: its results, on the device; the cache is updated in place."""
 
-    def materialise(self, result: torch.Tensor) -> None:
-        """Run what a tensor that was computed from results still needs."""
+    def evaluate(self, function: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What a function of results gives."""
 
 
 class EagerSteps:
@@ -42,8 +43,8 @@ class EagerSteps:
         with linear.on_device(self.snapshot.device):
             return run_step(self.snapshot.model, layout, cache, *inputs)
 
-    def materialise(self, result: torch.Tensor) -> None:
-        pass
+    def evaluate(self, function: Callable[[], torch.Tensor]) -> torch.Tensor:
+        return function()
 
 
 def compiles(device: torch.device) -> bool:

@@ -63,21 +63,27 @@ CHIPS = {
     )
 }
 
+# Google's names for a generation, in lower case -> the chip.
+NICKNAMES = {"trillium": "v6e", "ironwood": "7x"}
+
 # Where nobody says which chip it is: any but v4.
 _UNNAMED = Chip("any", (), "", "", 64 * _MIB, 16 * _GIB, 819e9, 197e12, 128, dma_rows=16)
 
 
 def named(name: str | None) -> Chip:
-    """The facts of the chip of this name; for None, what holds for every chip but v4.
+    """The facts of the chip that somebody calls so: "v6e", "trillium", or as Cloud TPU calls its hosts, "v5litepod".
+
+    For None, what holds for every chip but v4.
 
     Raises:
         ValueError: no chip has this name.
     """
     if name is None:
         return _UNNAMED
-    if name not in CHIPS:
+    known = NICKNAMES.get(name.lower()) or name_on(name.lower())
+    if known is None:
         raise ValueError(f"chip must be one of {', '.join(CHIPS)}, or None if it is not known; got {name!r}")
-    return CHIPS[name]
+    return CHIPS[known]
 
 
 def name_of(device_kind: str) -> str | None:
