@@ -35,6 +35,7 @@ TESTBED := $(VENV_TORCHTPU)/testbed
 TESTBED_PACKAGES := lammps-jax-pjrt-cpu==0.11.2 xla-cpu-pjrt==0.0.1
 TESTBED_HEADERS := $(TESTBED)/plugin/xla_plugins/xla_cpu_pjrt/include
 TESTBED_LIBRARY := $(TESTBED)/plugin.so
+TESTBED_COMPILER := $(TESTBED)/compile
 # What of the tests is of the ops, beside those of TorchTPU itself.
 TORCHTPU_TESTS := tests/torchtpu $(addprefix tests/test_,attention.py update.py validation.py check_batch.py merge.py private_names.py)
 NATIVE_SOURCES := $(wildcard csrc_stub/*.cpp csrc_stub/*.h)
@@ -51,7 +52,7 @@ venv: $(INSTALL_STAMP) ## set up .venv: the pinned packages, and torch_rpa with 
 
 venv-next: $(NEXT_STAMP) ## set up .venv-next: a newer jax and libtpu, no torch
 
-venv-torchtpu: $(TESTBED_LIBRARY) ## set up .venv-torchtpu: TorchTPU, its torch and jax, and a test bed that needs no TPU
+venv-torchtpu: $(TESTBED_COMPILER) ## set up .venv-torchtpu: TorchTPU, its torch and jax, and a test bed that needs no TPU
 
 demo: $(INSTALL_STAMP) ## run the demo (DEVICE=cpu picks a device, ARGS="..." adds options)
 	@$(BIN)/python -m torch_rpa.demo $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
@@ -67,7 +68,7 @@ endif
 test-next: $(NEXT_STAMP) ## run the kernels' tests that need no torch, with a newer jax and libtpu
 	@$(VENV_NEXT)/bin/python -m pytest -n 2 tests/without_torch $(ARGS)
 
-test-torchtpu: $(TESTBED_LIBRARY) ## run the ops' tests, and those of TorchTPU, with its torch
+test-torchtpu: $(TESTBED_COMPILER) ## run the ops' tests, and those of TorchTPU, with its torch
 	@TORCH_RPA_NATIVE=0 OMP_NUM_THREADS=1 $(VENV_TORCHTPU)/bin/python -m pytest -n 2 --dist=worksteal \
 	  $(or $(ARGS),$(TORCHTPU_TESTS))
 
@@ -201,6 +202,9 @@ $(TESTBED_LIBRARY): tests/torchtpu/plugin.cpp $(TORCHTPU_STAMP)
 	  $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target $(TESTBED)/plugin \
 	    $(TESTBED_PACKAGES) && rm -f $(TESTBED)/plugin/xla_plugins/xla_cpu_pjrt/*.so; }
 	@c++ -std=c++17 -O1 -Wall -shared -fPIC -I $(TESTBED_HEADERS) $< -o $@ -ldl
+
+$(TESTBED_COMPILER): tests/torchtpu/compile.cpp $(TESTBED_LIBRARY)
+	@c++ -std=c++17 -O1 -Wall -I $(TESTBED_HEADERS) $< -o $@ -ldl
 
 $(PEER_STAMP): | $(NEXT_STAMP)
 	@$(BIN)/python -m pip install --disable-pip-version-check --no-deps --target $(VENV_NEXT)/tpu-inference $(PEER)

@@ -34,7 +34,7 @@ hlo_names = PrivateNames(
 _LOCK = threading.Lock()
 
 
-def lower(function, shapes, platform: str):
+def lower(function, shapes, platform: str, donated: tuple[int, ...] = ()):
     """A JAX function lowered for ``platform`` as ``jax.export`` lowers it, without a JAX backend being started.
 
     Exports keep to the Mosaic version that all readers know: 7 in jax 0.7.1, the newest that its libtpu reads; plain
@@ -45,6 +45,7 @@ def lower(function, shapes, platform: str):
         function: a JAX function of positional arrays.
         shapes: their ``jax.ShapeDtypeStruct``s.
         platform: "cpu" or "tpu".
+        donated: arguments whose buffers results may take.
 
     Returns:
         A ``jax.stages.Lowered``.
@@ -52,23 +53,9 @@ def lower(function, shapes, platform: str):
     import jax
 
     parameters = jax_names.LoweringParameters(for_export=True, hoist_constants_as_args=False)
-    trace = jax.jit(function, keep_unused=True).trace
+    trace = jax.jit(function, keep_unused=True, donate_argnums=donated).trace
     with jax.default_device(_lowering_device()), _off_tpu_vm():
         return trace(*shapes).lower(lowering_platforms=(platform,), _private_parameters=parameters)
-
-
-def export(function, shapes, platform: str, donated: tuple[int, ...] = ()):
-    """The same as a ``jax.export.Exported``.
-
-    Args:
-        donated: arguments whose buffers the results may take.
-    """
-    import jax
-    import jax.export
-
-    jitted = jax.jit(function, keep_unused=True, donate_argnums=donated)
-    with jax.default_device(_lowering_device()), _off_tpu_vm():
-        return jax.export.export(jitted, platforms=[platform])(*shapes)
 
 
 @contextmanager

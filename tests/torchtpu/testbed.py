@@ -7,7 +7,6 @@ down before it is compiled, and ``compiled_for`` has the real libtpu compile it 
 That a TPU's client gets the same programs is assumed. What cannot be seen here: speed on a chip, and several chips.
 """
 
-import json
 import os
 import re
 import subprocess
@@ -80,29 +79,31 @@ class Compiled:
 
 def compiled_for(chip: str, program: Path) -> Compiled:
     """A kept program, compiled by libtpu for one device of a chip, in a process of its own."""
-    from torch_rpa import aot
+    import libtpu
+    from jaxlib._hlo import HloModule
 
-    command = [sys.executable, __file__, chip, str(program)]
-    result = subprocess.run(command, env=aot.child_environment(), capture_output=True, text=True)
-    assert result.returncode == 0, f"libtpu refuses {program} for {chip}: {result.stderr[-3000:]}"
-    return Compiled(json.loads(result.stdout.splitlines()[-1]))
+    from torch_rpa import aot, chips
 
-
-def _compile(chip: str, program: Path) -> str:
-    from jax.experimental import topologies
-    from jax.interpreters import mlir
-    from jaxlib import _jax, xla_client
-    from jaxlib.mlir.dialects import stablehlo
-
-    from torch_rpa.chips import named
-
-    (device, *_) = topologies.get_topology_desc(topology_name=named(chip).topology, platform="tpu").devices
-    options = xla_client.CompileOptions.ParseFromString(program.with_suffix(".options").read_bytes())
-    with mlir.make_ir_context() as context:
-        module = stablehlo.deserialize_portable_artifact(context, program.read_bytes())
-        compiled = device.client.compile(module, _jax.DeviceList((device,)), options)
-    return compiled.hlo_modules()[0].to_string()
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "optimized")
+        files = program, program.with_suffix(".options"), out
+        command = [FOLDER / "compile", libtpu.get_library_path(), _topology(chips.named(chip).topology), *files]
+        result = subprocess.run(command, env=aot.child_environment(), capture_output=True, text=True)
+        assert result.returncode == 0, f"libtpu refuses {program} for {chip}: {result.stderr[-3000:]}"
+        module = HloModule.from_serialized_hlo_module_proto(_first_field(out.read_bytes()))
+    return Compiled(module.to_string())
 
 
-if __name__ == "__main__":
-    print(json.dumps(_compile(sys.argv[1], Path(sys.argv[2]))))
+def _topology(name: str) -> str:
+    """With three sides, as the plugin wants them: "v6e:2x2x1"."""
+    return name if name.count("x", name.index(":")) == 2 else f"{name}x1"
+
+
+def _first_field(message: bytes) -> bytes:
+    """The value of the first field of a serialized protobuf: the module of an HloModuleProtoWithConfig."""
+    size, shift, start = 0, 0, 1
+    while message[start] >= 128:
+        size |= (message[start] - 128) << shift
+        shift, start = shift + 7, start + 1
+    size |= message[start] << shift
+    return message[start + 1 : start + 1 + size]

@@ -1,6 +1,6 @@
 """A call of an op as a custom kernel of TorchTPU.
 
-``torch.tpu.pallas.jax_op`` makes an op of a JAX function: it exports it for each new shape, registers the module with
+``torch.tpu.pallas.jax_op`` makes an op of a JAX function: it lowers it for each new shape, registers the module with
 TorchTPU, and calls it by name and fingerprint. The same three steps are taken here, but a call finds what was
 registered by a key of its own. jax_op binds and prints its arguments in every call, which takes a millisecond for as
 many as ours. Both work in eager mode and while torch.compile traces, as TorchTPU runs the graph's ops to do so.
@@ -61,15 +61,29 @@ def _kernel(configuration: Configuration, donated: tuple[int, ...]) -> Kernel:
     function, shapes = configuration.as_function()
     from torch_rpa import jax_names
 
-    exported = jax_names.export(function, shapes, configuration.target.platform, donated)
+    lowered = jax_names.lower(function, shapes, configuration.target.platform, donated)
+    module = lowered.as_text()  # without the places in the source that traced it, so the same wherever that was
     # TorchTPU keeps compiled programs on disk by the fingerprint, so that it must tell the contents.
-    fingerprint = hashlib.blake2b(exported.mlir_module().encode(), digest_size=16).hexdigest()
+    fingerprint = hashlib.blake2b(module.encode(), digest_size=16).hexdigest()
     name = f"rpa_{configuration.op}"
     if not tpu.has_kernel(name, fingerprint):
-        tpu.register_kernel(name, fingerprint, serialized_mlir_module=exported.mlir_module_serialized)
+        tpu.register_kernel(name, fingerprint, serialized_mlir_module=_portable(module))
     device = configuration.specs[0][3]
-    results = [torch.empty(x.shape, dtype=_torch_dtype(x.dtype), device=device) for x in exported.out_avals]
+    results = [torch.empty(x.shape, dtype=_torch_dtype(x.dtype), device=device) for x in _leaves(lowered.out_info)]
     return Kernel(name, fingerprint, results)
+
+
+def _portable(module: str) -> bytes:
+    """The bytes of a StableHLO module that other releases of XLA read. (``jax.export`` gives them too, and starts JAX's
+    backends for it.)"""
+    from jaxlib.mlir.dialects import stablehlo
+
+    age = stablehlo.StablehloCompatibilityRequirement.WEEK_4
+    return stablehlo.serialize_portable_artifact_str(module, stablehlo.get_version_from_compatibility_requirement(age))
+
+
+def _leaves(results) -> list:
+    return list(results) if isinstance(results, (tuple, list)) else [results]
 
 
 def _torch_dtype(dtype) -> torch.dtype:
