@@ -160,6 +160,23 @@ def _fill_pages(batch, pages_of, rng):
             batch.kv_pages[page, : len(held)] = held.to(kv_dtype)
 
 
+def random_batch(seed, dtype=torch.float32):
+    """A batch of 1 to 6 sequences with random lengths, all of one shape: 64 rows, 6 sequences, 40 pages."""
+    rng = torch.Generator().manual_seed(seed)
+    seqs, rows = [], 0
+    for _ in range(int(torch.randint(1, 7, (), generator=rng))):
+        q_len = int(torch.randint(0, 12, (), generator=rng))
+        seqs.append((q_len, q_len + int(torch.randint(0, 70, (), generator=rng))))
+        rows += q_len
+    pages = sum(-(-kv // 16) for _, kv in seqs)
+    batch = make_batch(
+        seqs, dtype=dtype, spare_rows=64 - rows, spare_seqs=6 - len(seqs), spare_pages=40 - pages, seed=seed
+    )
+    table = torch.full((6, 8), -1, dtype=torch.int32)
+    table[:, : batch.page_indices.shape[1]] = batch.page_indices
+    return replace(batch, page_indices=table)
+
+
 def forget_new_tokens(batch: Batch) -> Batch:
     """The batch before its update: the slots of this step's own tokens hold poison too."""
     pages = batch.kv_pages.clone()

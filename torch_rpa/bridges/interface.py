@@ -2,10 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
+# A served model has a handful of configurations: one for each token bucket and kind of layer.
+MAX_LOWERED_CALLS = 256
 # Of hashes that `Programs` keeps: as many as PyTorch/XLA keeps programs, unless told otherwise.
 _MAX_PROGRAMS = 2048
 
@@ -74,6 +77,15 @@ class Bridge(ABC):
 
         Raises:
             ValueError, TypeError, NotImplementedError: from the static checks.
+        """
+
+    @abstractmethod
+    def prepare_update(self, kv_pages: torch.Tensor, *, is_traced: bool) -> tuple[Callable, torch.Tensor]:
+        """For the in-place op, which is a functional op and then ``kv_pages.copy_``: the functional op, and the pages
+        to give it so that the result takes their buffer.
+
+        Args:
+            is_traced: they are fake tensors of torch.compile or torch.export.
         """
 
     @abstractmethod

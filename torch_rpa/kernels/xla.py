@@ -110,7 +110,10 @@ def write_kv_pages(k, v, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, o
     inside = (row >= seqs.first_row[s]) & (row < seqs.first_row[s] + seqs.q_len[s])
     inside &= (position >= 0) & (page >= 0) & (page < num_pages)
     slot = jnp.where(inside, page * page_size + position % page_size, num_pages * page_size)
-    new = [quantize(x, kv_pages.dtype, _divisor(scale)) for x, scale in ((k, options.k_scale), (v, options.v_scale))]
+    new = [
+        quantize(x, kv_pages.dtype, _divisor(scale, x.shape))
+        for x, scale in ((k, options.k_scale), (v, options.v_scale))
+    ]
     new = _as_bits(jnp.stack(new, axis=2)).reshape(num_tokens, -1)
     if num_tokens == 1:  # XLA makes of one row's scatter an update of a slice, and copies all pages before it
         slot, new = jnp.pad(slot, (0, 1), constant_values=num_pages * page_size), jnp.pad(new, ((0, 1), (0, 0)))
@@ -217,9 +220,10 @@ def _put_rows(array, row, new, inside):
     return lax.dynamic_update_slice_in_dim(array, jnp.where(inside, new, old), row, axis=0)
 
 
-def _divisor(scale):
-    """The scale behind a barrier: XLA would multiply by the reciprocal of a constant, which rounds otherwise."""
-    return None if scale is None else lax.optimization_barrier(jnp.float32(scale))
+def _divisor(scale, shape):
+    """The scale behind a barrier, for each element: XLA would multiply by the reciprocal of a constant, which rounds
+    otherwise; newer releases see a scalar through the barrier."""
+    return None if scale is None else lax.optimization_barrier(jnp.full(shape, scale, jnp.float32))
 
 
 def _as_bits(x):

@@ -13,8 +13,8 @@ import torch_xla.core.xla_model as xm
 from torch_xla.utils.buffer_donor_context import alias_with_buffer_donor_config
 
 from torch_rpa.bridges.interface import Interrupted, ProgramEvicted, Programs, TraceInterrupted
+from torch_rpa.bridges.torch_xla.device import run_pending
 from torch_rpa.bridges.torch_xla.names import xla
-from torch_rpa.bridges.torch_xla.target import run_pending
 
 # Of PyTorch/XLA's messages.
 _EVICTED = "computation by hash"
