@@ -5,6 +5,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 VENV_NEXT := .venv-next
+VENV_TORCHTPU := .venv-torchtpu
 PYTHON ?= python3.11
 PYTHON_CANDIDATES := $(PYTHON) $(if $(filter file,$(origin PYTHON)),python3)
 UV_VERSION := 0.13.9
@@ -27,11 +28,21 @@ NEXT_STAMP := $(VENV_NEXT)/.stamp-packages
 # The kernel that ours is compared with: its code alone, without the packages around it.
 PEER := tpu-inference==0.32.0
 PEER_STAMP := $(VENV_NEXT)/.stamp-peer
+TORCHTPU_STAMP := $(VENV_TORCHTPU)/.stamp-packages
+# What stands in for libtpu there, in the tests alone (tests/torchtpu/testbed.py): a CPU plugin of PJRT, a wheel that has
+# pjrt_c_api.h, and the library of ours around the plugin.
+TESTBED := $(VENV_TORCHTPU)/testbed
+TESTBED_PACKAGES := lammps-jax-pjrt-cpu==0.11.2 xla-cpu-pjrt==0.0.1
+TESTBED_HEADERS := $(TESTBED)/plugin/xla_plugins/xla_cpu_pjrt/include
+TESTBED_LIBRARY := $(TESTBED)/plugin.so
+TESTBED_COMPILER := $(TESTBED)/compile
+# What of the tests is of the ops, beside those of TorchTPU itself.
+TORCHTPU_TESTS := tests/torchtpu $(addprefix tests/test_,attention.py update.py validation.py check_batch.py merge.py private_names.py)
 NATIVE_SOURCES := $(wildcard csrc_stub/*.cpp csrc_stub/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-next demo test test-next test-torch test-install lint format bench soak bench-tpu
-.PHONY: family-table settings-table aot-matrix compile-matrix clean distclean
+.PHONY: help venv venv-next venv-torchtpu demo test test-next test-torchtpu test-torch test-install lint format bench
+.PHONY: soak bench-tpu family-table settings-table aot-matrix compile-matrix clean distclean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -40,6 +51,8 @@ help: ## list the targets
 venv: $(INSTALL_STAMP) ## set up .venv: the pinned packages, and torch_rpa with its native extension
 
 venv-next: $(NEXT_STAMP) ## set up .venv-next: a newer jax and libtpu, no torch
+
+venv-torchtpu: $(TESTBED_COMPILER) ## set up .venv-torchtpu: TorchTPU, its torch and jax, and a test bed that needs no TPU
 
 demo: $(INSTALL_STAMP) ## run the demo (DEVICE=cpu picks a device, ARGS="..." adds options)
 	@$(BIN)/python -m torch_rpa.demo $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
@@ -54,6 +67,10 @@ endif
 
 test-next: $(NEXT_STAMP) ## run the kernels' tests that need no torch, with a newer jax and libtpu
 	@$(VENV_NEXT)/bin/python -m pytest -n 2 tests/without_torch $(ARGS)
+
+test-torchtpu: $(TESTBED_COMPILER) ## run the ops' tests, and those of TorchTPU, with its torch
+	@TORCH_RPA_NATIVE=0 OMP_NUM_THREADS=1 $(VENV_TORCHTPU)/bin/python -m pytest -n 2 --dist=worksteal \
+	  $(or $(ARGS),$(TORCHTPU_TESTS))
 
 # In a copy, for the extension of a source tree is that of one torch.
 test-torch: $(BIN)/python ## run the tests that need no torch_xla with another torch, in .venv-torch (TORCH=2.14.1)
@@ -163,6 +180,31 @@ $(NEXT_STAMP): requirements-next.txt | $(BIN)/python
 	  $(VENV_NEXT)/bin/python -m pip install --disable-pip-version-check --no-deps -r requirements-next.txt; \
 	fi
 	@touch $@
+
+# With dependencies: what torch needs depends on its build. uv reads no environment variables of pip's.
+$(TORCHTPU_STAMP): requirements-torchtpu.txt | $(BIN)/python
+	@echo "== Installing TorchTPU in $(VENV_TORCHTPU) (2.3 GB with the CPU build of torch)"
+	@start=$$(date +%s); \
+	if command -v uv >/dev/null 2>&1; then \
+	  uv venv --clear --python $(BIN)/python $(VENV_TORCHTPU) && \
+	  uv pip install --python $(VENV_TORCHTPU)/bin/python $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) \
+	    -r requirements-torchtpu.txt; \
+	else \
+	  $(BIN)/python -m venv --clear $(VENV_TORCHTPU) && \
+	  $(VENV_TORCHTPU)/bin/python -m pip install --disable-pip-version-check -r requirements-torchtpu.txt; \
+	fi && \
+	echo "== $$(du -sh $(VENV_TORCHTPU) | cut -f1) in $$(( $$(date +%s) - start )) s"
+	@touch $@
+
+# The packages are of use as files alone and stand beside the environment; the second one's own plugin is not needed.
+$(TESTBED_LIBRARY): tests/torchtpu/plugin.cpp $(TORCHTPU_STAMP)
+	@test -d $(TESTBED_HEADERS) || { \
+	  $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target $(TESTBED)/plugin \
+	    $(TESTBED_PACKAGES) && rm -f $(TESTBED)/plugin/xla_plugins/xla_cpu_pjrt/*.so; }
+	@c++ -std=c++17 -O1 -Wall -shared -fPIC -I $(TESTBED_HEADERS) $< -o $@ -ldl
+
+$(TESTBED_COMPILER): tests/torchtpu/compile.cpp $(TESTBED_LIBRARY)
+	@c++ -std=c++17 -O1 -Wall -I $(TESTBED_HEADERS) $< -o $@ -ldl
 
 $(PEER_STAMP): | $(NEXT_STAMP)
 	@$(BIN)/python -m pip install --disable-pip-version-check --no-deps --target $(VENV_NEXT)/tpu-inference $(PEER)

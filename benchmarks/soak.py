@@ -23,6 +23,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +39,8 @@ NUM_KINDS = 300
 SETTINGS = {"page_size": 8, "num_pages": 60, "max_num_seqs": 8, "token_buckets": (8, 64)}
 SMALL_PROGRAM_CACHE = "4"  # of the five programs that there are
 MAX_GROWTH_MIB = 64  # of resident memory, from a fifth of the requests on
+# Forwards raise, and other programs run, each in a part of the time, and together at the end.
+ALONE, TOGETHER = 0.45, 0.9
 WAIT = 300.0  # seconds after which an answer counts as lost
 
 
@@ -82,8 +85,6 @@ def main() -> int:
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ.setdefault("PJRT_DEVICE", "CPU")
-    # Half of a trace that another thread's sync runs is a program, too, and PyTorch/XLA keeps so many.
-    os.environ.setdefault("XLA_COMPILATION_CACHE_SIZE", "64")
     logging.getLogger("torch_rpa").setLevel(logging.CRITICAL)  # it says what fails, which is on purpose here
     if args.part:
         return PARTS[args.part](args)
@@ -113,14 +114,17 @@ def soak(device: str, num_requests: int, num_clients: int, *, disturbed: bool = 
             threading.Thread(target=client, args=(manager, random.Random(seed), todo, counts, bar))
             for seed in range(num_clients)
         ]
-        with disturbances(model, device) if disturbed else contextlib.nullcontext():
+
+        def done() -> float:
+            return bar.n / num_requests
+
+        with disturbances(model, device, done) if disturbed else contextlib.nullcontext():
             for thread in clients:
                 thread.start()
             while any(thread.is_alive() for thread in clients):
-                memory.look(bar.n / num_requests)
+                memory.look(done())
                 time.sleep(0.1)
         stats = manager.stats
-    memory.look(1.0)
     counted = {name: value for name, value in vars(counts).items() if isinstance(value, int)}
     report = {**counted, **asdict(stats), "memory_growth_mib": memory.growth_mib}
     return report, problems_of(counts, stats, num_requests, memory)
@@ -143,21 +147,31 @@ class Memory:
         self._first = self._last = None
 
     def look(self, done: float) -> None:
+        if done >= TOGETHER and self._last is not None:
+            return  # half of a trace that another thread's sync runs is a program, too, and PyTorch/XLA keeps it
         self._last = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
         if done >= 0.2 and self._first is None:
             self._first = self._last
 
     @property
     def growth_mib(self) -> float:
-        return self._last - self._first
+        return self._last - (self._first or self._last)
 
 
 @contextlib.contextmanager
-def disturbances(model, device: str):
-    """What others do to the model and to the device while it serves."""
+def disturbances(model, device: str, done: Callable[[], float]):
+    """What others do to the model and to the device while it serves, each in its part of the time (`done`)."""
     ends = threading.Event()
-    works = [raising_forwards, training_mode] + ([other_programs] if device == "xla" else [])
-    threads = [threading.Thread(target=work, args=(model, ends)) for work in works]
+
+    def disturb(work: Callable, pause: float, begin: float, end: float) -> None:
+        while not ends.wait(pause):
+            if begin <= done() < end:
+                work(model, ends)
+
+    works = [(training_mode, 0.2, 0.0, 1.0), (raising_forward, 3.0, 0.0, ALONE), (raising_forward, 3.0, TOGETHER, 1.0)]
+    if device == "xla":
+        works.append((other_program, 0.01, ALONE, 1.0))
+    threads = [threading.Thread(target=disturb, args=work) for work in works]
     for thread in threads:
         thread.start()
     try:
@@ -168,34 +182,30 @@ def disturbances(model, device: str):
             thread.join()
 
 
-def raising_forwards(model, ends: threading.Event) -> None:
-    """Every few seconds a hook that raises once; on an XLA device its coming and its going change the program."""
-    while not ends.wait(3.0):
-        left = [Fault("a forward")]
+def raising_forward(model, ends: threading.Event) -> None:
+    """A hook that raises once; on an XLA device its coming and its going change the program."""
+    left = [Fault("a forward")]
 
-        def hook(*_, left=left):
-            if left:
-                raise left.pop()
+    def hook(*_):
+        if left:
+            raise left.pop()
 
-        handle = model.register_forward_hook(hook)
-        ends.wait(0.5)
-        handle.remove()
+    handle = model.register_forward_hook(hook)
+    ends.wait(0.5)
+    handle.remove()
 
 
 def training_mode(model, ends: threading.Event) -> None:
-    while not ends.wait(0.2):
-        model.train(not model.training)
+    model.train(not model.training)
 
 
-def other_programs(model, ends: threading.Event) -> None:
-    """Forty programs again and again, with all that is pending in the process."""
+def other_program(model, ends: threading.Event) -> None:
+    """One of forty, with all that is pending in the process."""
     import torch_xla
 
-    size = 0
-    while not ends.wait(0.01):
-        size = size % 40 + 1
-        (torch.ones(size, device="xla") * size).sum()
-        torch_xla.sync()
+    size = random.randint(1, 40)
+    (torch.ones(size, device="xla") * size).sum()
+    torch_xla.sync()
 
 
 # ---- Clients --------------------------------------------------------------------------------------------------------

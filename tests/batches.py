@@ -4,6 +4,7 @@
 to no sequence, every padding row and every unused entry of the metadata holds NaN, -1 or a wild number.
 """
 
+import itertools
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -159,6 +160,23 @@ def _fill_pages(batch, pages_of, rng):
             batch.kv_pages[page, : len(held)] = held.to(kv_dtype)
 
 
+def random_batch(seed, dtype=torch.float32):
+    """A batch of 1 to 6 sequences with random lengths, all of one shape: 64 rows, 6 sequences, 40 pages."""
+    rng = torch.Generator().manual_seed(seed)
+    seqs, rows = [], 0
+    for _ in range(int(torch.randint(1, 7, (), generator=rng))):
+        q_len = int(torch.randint(0, 12, (), generator=rng))
+        seqs.append((q_len, q_len + int(torch.randint(0, 70, (), generator=rng))))
+        rows += q_len
+    pages = sum(-(-kv // 16) for _, kv in seqs)
+    batch = make_batch(
+        seqs, dtype=dtype, spare_rows=64 - rows, spare_seqs=6 - len(seqs), spare_pages=40 - pages, seed=seed
+    )
+    table = torch.full((6, 8), -1, dtype=torch.int32)
+    table[:, : batch.page_indices.shape[1]] = batch.page_indices
+    return replace(batch, page_indices=table)
+
+
 def forget_new_tokens(batch: Batch) -> Batch:
     """The batch before its update: the slots of this step's own tokens hold poison too."""
     pages = batch.kv_pages.clone()
@@ -171,6 +189,17 @@ def forget_new_tokens(batch: Batch) -> Batch:
             page_size = heads.shape[1]
             heads[int(batch.page_indices[s, position // page_size]), position % page_size] = poison
     return replace(batch, kv_pages=pages)
+
+
+def rows_alone(batch: Batch) -> Batch:
+    """A batch to read in which every row is a sequence of its own on the same pages, in arrays of the same shapes."""
+    alone = replace(batch, **{n: getattr(batch, n).clone() for n in ("kv_lens", "page_indices", "cu_q_lens")})
+    starts = batch.cu_q_lens[: int(batch.num_seqs) + 1].tolist()
+    for s, (first, end) in enumerate(itertools.pairwise(starts)):
+        alone.kv_lens[first:end] = batch.kv_lens[s] - torch.arange(end - first - 1, -1, -1, dtype=torch.int32)
+        alone.page_indices[first:end] = batch.page_indices[s]
+    alone.cu_q_lens[: starts[-1] + 1] = torch.arange(starts[-1] + 1)
+    return replace(alone, num_seqs=_int32([starts[-1]]))
 
 
 def assert_close(actual, expected, dtype):

@@ -10,6 +10,9 @@ JAX or transformers are not collected: with any torch that the package works wit
 import os
 from importlib.util import find_spec
 
+from devices import BRIDGED
+from torchtpu import testbed
+
 os.environ.setdefault("PJRT_DEVICE", "CPU")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if os.environ["PJRT_DEVICE"] == "CPU":
@@ -17,6 +20,9 @@ if os.environ["PJRT_DEVICE"] == "CPU":
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
     # Each compiled program takes a few hundred memory maps; Linux gives a process 65530, and XLA crashes without.
     os.environ.setdefault("XLA_COMPILATION_CACHE_SIZE", "128")
+
+if testbed.is_installed():
+    testbed.prepare()
 
 import pytest
 
@@ -35,12 +41,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="torch_xla is not installed"))
 
 
-@pytest.fixture(params=["cpu", pytest.param("xla", marks=pytest.mark.xla)])
+@pytest.fixture(params=["cpu", *BRIDGED])
 def device(request):
     """Each device that the ops run on, a ``torch.device``."""
     import torch
 
-    return request.getfixturevalue("xla") if request.param == "xla" else torch.device("cpu")
+    return torch.device("cpu") if request.param == "cpu" else request.getfixturevalue(request.param)
 
 
 @pytest.fixture
@@ -50,6 +56,12 @@ def xla():
     import torch_xla  # noqa: F401  registers the device
 
     return torch.device("xla")
+
+
+@pytest.fixture(scope="session")
+def tpu():
+    """TorchTPU's device, on the test bed a CPU."""
+    return testbed.start()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from batches import assert_matches_oracle, bytes_of, forget_new_tokens, make_batch
+from batches import assert_matches_oracle, bytes_of, forget_new_tokens, make_batch, random_batch
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -28,23 +28,6 @@ def compilations():
     from torch_rpa import bridges
 
     return bridges.of("xla").compilations()[0]
-
-
-def random_batch(seed, dtype=torch.float32):
-    """A batch of 1 to 6 sequences with random lengths, all of one shape: 64 rows, 6 sequences, 40 pages."""
-    rng = torch.Generator().manual_seed(seed)
-    seqs, rows = [], 0
-    for _ in range(int(torch.randint(1, 7, (), generator=rng))):
-        q_len = int(torch.randint(0, 12, (), generator=rng))
-        seqs.append((q_len, q_len + int(torch.randint(0, 70, (), generator=rng))))
-        rows += q_len
-    pages = sum(-(-kv // 16) for _, kv in seqs)
-    batch = make_batch(
-        seqs, dtype=dtype, spare_rows=64 - rows, spare_seqs=6 - len(seqs), spare_pages=40 - pages, seed=seed
-    )
-    table = torch.full((6, 8), -1, dtype=torch.int32)
-    table[:, : batch.page_indices.shape[1]] = batch.page_indices
-    return replace(batch, page_indices=table)
 
 
 def test_fifty_random_batches_of_one_shape_compile_once(xla):
@@ -138,9 +121,10 @@ def test_many_threads_may_call_at_once(xla):
 
 
 def test_the_cache_of_computations_is_bounded(xla, monkeypatch):
+    from torch_rpa.bridges.interface import MAX_LOWERED_CALLS
     from torch_rpa.bridges.torch_xla import lowering
 
-    assert lowering._computation.cache_info().maxsize == lowering._MAX_COMPUTATIONS
+    assert lowering._computation.cache_info().maxsize == MAX_LOWERED_CALLS
     small = lru_cache(maxsize=2)(lowering._computation.__wrapped__)
     monkeypatch.setattr(lowering, "_computation", small)
     batch = make_batch()
@@ -231,16 +215,15 @@ def test_pallas_kernels_are_lowered_to_the_mosaic_version_that_the_pinned_libtpu
 
 
 def lower_the_update(batch, platform, kernel="auto"):
+    from torch_rpa.bridges.configuration import Configuration
+    from torch_rpa.bridges.target import Target
     from torch_rpa.bridges.torch_xla import lowering
-    from torch_rpa.bridges.torch_xla.target import Target
-    from torch_rpa.options import AttentionOptions
 
     names = ("q", "k", "v", "kv_pages", "kv_lens", "page_indices", "cu_q_lens", "num_seqs")
-    specs = [(name, getattr(batch, name).shape, getattr(batch, name).dtype, "xla:0") for name in names]
+    specs = tuple((name, getattr(batch, name).shape, getattr(batch, name).dtype, "xla:0") for name in names)
+    target = Target(platform, chip=None)
     with tpu_vm():
-        return lowering.hlo_of(
-            "ragged_paged_attention_update", specs, AttentionOptions(), kernel, Target(platform, chip=None)
-        )
+        return lowering.hlo_of(Configuration("ragged_paged_attention_update", specs, (), kernel, target))
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
@@ -278,15 +261,15 @@ def test_under_spmd_the_hosts_accelerator_type_tells_the_chip(xla, monkeypatch, 
     import torch_xla.runtime as xr
 
     from torch_rpa import bridges
-    from torch_rpa.bridges.torch_xla import target
+    from torch_rpa.bridges.torch_xla import device
 
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.delenv("TPU_ACCELERATOR_TYPE", raising=False)
     if accelerator:
         monkeypatch.setenv("TPU_ACCELERATOR_TYPE", accelerator)
-    target._accelerator.cache_clear()
+    device._accelerator.cache_clear()
     with mock.patch.object(xr, "is_spmd", return_value=True), mock.patch.object(xr, "device_type", return_value="TPU"):
         assert bridges.of("xla").chip_name() == chip
-    target._accelerator.cache_clear()
+    device._accelerator.cache_clear()
     with mock.patch.object(xr, "is_spmd", return_value=True), mock.patch.object(xr, "device_type", return_value="CPU"):
         assert bridges.of("xla").chip_name() is None

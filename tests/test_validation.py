@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from batches import assert_matches_oracle, make_batch
+from devices import BRIDGED
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -113,9 +114,9 @@ BAD_OPTIONS = {
 
 
 @pytest.mark.parametrize(("changes", "error"), BAD_TENSORS.values(), ids=BAD_TENSORS)
-@pytest.mark.parametrize("where", ["cpu", pytest.param("xla", marks=pytest.mark.xla), "meta"])
+@pytest.mark.parametrize("where", ["cpu", *BRIDGED, "meta"])
 def test_a_bad_tensor_is_refused_by_name(changes, error, where, request):
-    device = request.getfixturevalue("xla") if where == "xla" else where
+    device = request.getfixturevalue(where) if where not in ("cpu", "meta") else where
     batch = make_batch(spare_rows=2)  # 47 rows: transposed, they are no multiple of the KV heads
     batch = replace(batch, **{name: change(batch) for name, change in changes.items()}).to(device)
     with pytest.raises(error[0], match=error[1]):
@@ -157,11 +158,20 @@ def test_int8_pages_need_both_scales(name, device):
 
 
 @pytest.mark.parametrize("name", ["kv_pages", "kv_lens", "num_seqs"])
-def test_tensors_on_another_device_are_refused_by_name(name, xla):
+@pytest.mark.parametrize("where", BRIDGED)
+def test_tensors_on_another_device_are_refused_by_name(name, where, request):
     batch = make_batch()
-    on_xla = batch.to(xla)
-    with pytest.raises(ValueError, match=f"{name} must be on q's device xla:0, got cpu; all tensors go together"):
-        replace(on_xla, **{name: getattr(batch, name)}).read()
+    on_device = batch.to(request.getfixturevalue(where))
+    with pytest.raises(ValueError, match=f"{name} must be on q's device {where}:0, got cpu; all tensors go together"):
+        replace(on_device, **{name: getattr(batch, name)}).read()
+
+
+@pytest.mark.parametrize("where", BRIDGED)
+def test_a_cpu_q_beside_pages_on_another_device_is_refused_by_name(where, request):
+    batch = make_batch()
+    on_device = batch.to(request.getfixturevalue(where))
+    with pytest.raises(ValueError, match=f"kv_pages must be on q's device cpu, got {where}:0; all tensors go together"):
+        replace(on_device, q=batch.q).read()
 
 
 @pytest.mark.parametrize("form", ["heads", "flat"])
@@ -199,9 +209,10 @@ def test_bad_sinks_are_refused(sinks, error, message, device):
         make_batch().to(device).read(sinks=sinks.to(device))
 
 
-def test_what_a_device_cannot_do_says_what_works(xla):
+@pytest.mark.parametrize("where", BRIDGED)
+def test_what_a_device_cannot_do_says_what_works(where, request):
     with pytest.raises(NotImplementedError, match=r"float16 runs on CPU tensors only, not on .*; use bfloat16"):
-        make_batch(dtype=torch.float16).to(xla).read()
+        make_batch(dtype=torch.float16).to(request.getfixturevalue(where)).read()
 
 
 def test_use_kernel_of_the_older_op_is_refused_with_a_hint(device):

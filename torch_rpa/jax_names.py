@@ -14,8 +14,15 @@ jax_names = PrivateNames(
         "cloud_tpu_init": "jax._src:cloud_tpu_init",
         "running_in_cloud_tpu_vm": "jax._src:cloud_tpu_init.running_in_cloud_tpu_vm",  # set by `_off_tpu_vm`
         "LoweringParameters": "jax._src.interpreters.mlir:LoweringParameters",
-        "make_ir_context": "jax._src.interpreters.mlir:make_ir_context",
         "make_cpu_client": "jaxlib.xla_client:make_cpu_client",
+    },
+)
+# To compile PyTorch/XLA's graphs, which keeps to the jax of its release.
+hlo_names = PrivateNames(
+    "jax",
+    "0.7.1",
+    {
+        "make_ir_context": "jax._src.interpreters.mlir:make_ir_context",
         "CompileOptions": "jaxlib.xla_client:CompileOptions",
         "DeviceAssignment": "jaxlib.xla_client:DeviceAssignment",
         "DeviceList": "jaxlib._jax:DeviceList",
@@ -27,7 +34,7 @@ jax_names = PrivateNames(
 _LOCK = threading.Lock()
 
 
-def lower(function, shapes, platform: str):
+def lower(function, shapes, platform: str, donated: tuple[int, ...] = ()):
     """A JAX function lowered for ``platform`` as ``jax.export`` lowers it, without a JAX backend being started.
 
     Exports keep to the Mosaic version that all readers know: 7 in jax 0.7.1, the newest that its libtpu reads; plain
@@ -38,6 +45,7 @@ def lower(function, shapes, platform: str):
         function: a JAX function of positional arrays.
         shapes: their ``jax.ShapeDtypeStruct``s.
         platform: "cpu" or "tpu".
+        donated: arguments whose buffers results may take.
 
     Returns:
         A ``jax.stages.Lowered``.
@@ -45,9 +53,9 @@ def lower(function, shapes, platform: str):
     import jax
 
     parameters = jax_names.LoweringParameters(for_export=True, hoist_constants_as_args=False)
-    traced = jax.jit(function, keep_unused=True).trace
+    trace = jax.jit(function, keep_unused=True, donate_argnums=donated).trace
     with jax.default_device(_lowering_device()), _off_tpu_vm():
-        return traced(*shapes).lower(lowering_platforms=(platform,), _private_parameters=parameters)
+        return trace(*shapes).lower(lowering_platforms=(platform,), _private_parameters=parameters)
 
 
 @contextmanager

@@ -32,12 +32,13 @@ def merge_attention_states(
     outs, lses = _stacked("outs", outs), _stacked("lses", lses)
     if outs.shape[:-1] != lses.shape:
         raise ValueError(f"lses must be {list(outs.shape[:-1])} like outs without head_dim, got {list(lses.shape)}")
-    top = lses.amax(dim=0)
-    sees_some = top > -torch.inf
-    weights = torch.exp(lses - top.where(sees_some, 0.0))
+    # Asked of each: the largest of nothing but -inf is the smallest finite number in TorchTPU 0.2.0.
+    sees_some = (lses > -torch.inf).any(dim=0)
+    top = lses.amax(dim=0).where(sees_some, 0.0)
+    weights = torch.exp(lses - top)
     total = weights.sum(dim=0).where(sees_some, 1.0)
     out = (outs.float() * (weights / total).unsqueeze(-1)).sum(dim=0)
-    return out.to(outs.dtype), top + torch.log(total)
+    return out.to(outs.dtype), (top + torch.log(total)).where(sees_some, -torch.inf)
 
 
 def _stacked(name, parts):

@@ -35,6 +35,8 @@ _LIBRARY.define(f"ragged_paged_attention{_READ_SCHEMA}) -> Tensor")
 _LIBRARY.define(f"ragged_paged_attention.use_kernel{_READ_SCHEMA}, bool use_kernel) -> Tensor")
 _LIBRARY.define(f"ragged_paged_attention_with_lse{_READ_SCHEMA}) -> (Tensor out, Tensor lse)")
 _LIBRARY.define(f"ragged_paged_attention_update{_UPDATE_SCHEMA}) -> (Tensor out, Tensor new_kv_pages)")
+# What the in-place form is made of on TorchTPU. Not for callers: it leaves kv_pages without a buffer.
+_LIBRARY.define(f"_ragged_paged_attention_update_donating{_UPDATE_SCHEMA}) -> (Tensor out, Tensor new_kv_pages)")
 _LIBRARY.define(
     f"ragged_paged_attention_update_{_UPDATE_SCHEMA.replace('Tensor kv_pages', 'Tensor(a!) kv_pages')}) -> Tensor"
 )
@@ -98,18 +100,23 @@ def _specs(args) -> dict[str, ArgSpec]:
 
 
 def _check_values(args, sliding_window):
-    # .cpu() first: torch.compile(backend="openxla") takes .tolist() of an XLA tensor for an op to split the graph at.
     check_metadata(
-        args["kv_lens"].cpu().tolist(),
-        args["page_indices"].cpu().tolist(),
-        args["cu_q_lens"].cpu().tolist(),
-        args["num_seqs"].cpu().item(),
+        _on_host(args["kv_lens"]).tolist(),
+        _on_host(args["page_indices"]).tolist(),
+        _on_host(args["cu_q_lens"]).tolist(),
+        _on_host(args["num_seqs"]).item(),
         num_tokens=args["q"].shape[0],
         num_pages=args["kv_pages"].shape[0],
         page_size=args["kv_pages"].shape[1],
         sliding_window=sliding_window,
         writes="k" in args,
     )
+
+
+def _on_host(metadata):
+    """For its values. A copy on XLA: what is read of a lazy tensor becomes a constant of the program that is traced;
+    and .cpu() before .tolist(), which torch.compile(backend="openxla") takes for an op to split the graph at."""
+    return (metadata.clone() if metadata.device.type == "xla" else metadata).cpu()
 
 
 def _value_checks_asked() -> bool:
@@ -163,35 +170,49 @@ def _cpu_attention_update(q, k, v, kv_pages, *metadata, **kwargs):
     return _cpu_attention_update_(q, k, v, new_kv_pages, *metadata, **kwargs), new_kv_pages
 
 
-# XLA: the bridge, and with it torch_xla and JAX, is imported by the first call
+# XLA and TorchTPU's tpu: the bridge, and with it torch_xla or torch_tpu and JAX, is imported by the first call
 
 
-def _call_xla(op, args, options):
+def _bridge_of(args, options):
+    """The bridge to the device of a call, whose values are checked first where that is asked for."""
+    found = (bridge for t in args.values() if (bridge := bridges.of(t.device)) is not None)
+    bridge = next(found, None)
+    if bridge is None:
+        raise NotImplementedError(
+            f"torch_rpa runs on CPU, XLA and TorchTPU's tpu tensors, not on {args['q'].device}; move them to the CPU"
+        )
     if _value_checks_asked():
         check_static(_specs(args), AttentionOptions(**options))
         _check_values(args, options.get("sliding_window"))
-    return bridges.of("xla").call(op, args, options)
+    return bridge
 
 
-def _xla_attention(*tensors, **kwargs):
-    return _call_xla("ragged_paged_attention", *_read_args(*tensors, **kwargs))[0]
+def _bridged_attention(*tensors, **kwargs):
+    args, options = _read_args(*tensors, **kwargs)
+    return _bridge_of(args, options).call("ragged_paged_attention", args, options)[0]
 
 
-def _xla_attention_with_lse(*tensors, **kwargs):
-    return tuple(_call_xla("ragged_paged_attention_with_lse", *_read_args(*tensors, **kwargs)))
+def _bridged_attention_with_lse(*tensors, **kwargs):
+    args, options = _read_args(*tensors, **kwargs)
+    return tuple(_bridge_of(args, options).call("ragged_paged_attention_with_lse", args, options))
 
 
-def _xla_attention_update(*tensors, **kwargs):
-    return tuple(_call_xla("ragged_paged_attention_update", *_update_args(*tensors, **kwargs)))
+def _bridged_attention_update(*tensors, **kwargs):
+    args, options = _update_args(*tensors, **kwargs)
+    return tuple(_bridge_of(args, options).call("ragged_paged_attention_update", args, options))
+
+
+def _bridged_attention_update_donating(*tensors, **kwargs):
+    args, options = _update_args(*tensors, **kwargs)
+    return tuple(_bridge_of(args, options).call_donating_pages(args, options))
 
 
 def _composite_attention_update_(q, k, v, kv_pages, *metadata, **kwargs):
-    old_kv_pages = kv_pages
-    being_traced = type(kv_pages) is not torch.Tensor
-    if being_traced and kv_pages.device.type == "xla":
-        # Lazy mode aliases what copy_ overwrites; torch.compile(backend="openxla") only what is marked for it.
-        old_kv_pages = torch.ops.xla.dynamo_set_buffer_donor_(kv_pages, True)
-    out, new_kv_pages = torch.ops.rpa.ragged_paged_attention_update.default(q, k, v, old_kv_pages, *metadata, **kwargs)
+    op, old_kv_pages = torch.ops.rpa.ragged_paged_attention_update.default, kv_pages
+    bridge = bridges.of(kv_pages.device)
+    if bridge is not None:
+        op, old_kv_pages = bridge.prepare_update(kv_pages, is_traced=type(kv_pages) is not torch.Tensor)
+    out, new_kv_pages = op(q, k, v, old_kv_pages, *metadata, **kwargs)
     kv_pages.copy_(new_kv_pages)
     return out
 
@@ -232,9 +253,11 @@ _LIBRARY.impl("ragged_paged_attention_with_lse", _cpu_attention_with_lse, "CPU")
 _LIBRARY.impl("ragged_paged_attention_update", _cpu_attention_update, "CPU")
 _LIBRARY.impl("ragged_paged_attention_update_", _cpu_attention_update_, "CPU")
 
-_LIBRARY.impl("ragged_paged_attention", _xla_attention, "XLA")
-_LIBRARY.impl("ragged_paged_attention_with_lse", _xla_attention_with_lse, "XLA")
-_LIBRARY.impl("ragged_paged_attention_update", _xla_attention_update, "XLA")
+for _key in ("XLA", "PrivateUse1"):  # TorchTPU renames PrivateUse1 to tpu, before or after this
+    _LIBRARY.impl("ragged_paged_attention", _bridged_attention, _key)
+    _LIBRARY.impl("ragged_paged_attention_with_lse", _bridged_attention_with_lse, _key)
+    _LIBRARY.impl("ragged_paged_attention_update", _bridged_attention_update, _key)
+_LIBRARY.impl("_ragged_paged_attention_update_donating", _bridged_attention_update_donating, "PrivateUse1")
 
 _LIBRARY.impl("ragged_paged_attention_update_", _composite_attention_update_, "CompositeImplicitAutograd")
 _LIBRARY.impl("ragged_paged_attention.use_kernel", _refuse_use_kernel, "CompositeImplicitAutograd")
@@ -253,3 +276,4 @@ for _name, _named in (
 torch.library.register_fake("rpa::ragged_paged_attention", _fake_attention, lib=_LIBRARY)
 torch.library.register_fake("rpa::ragged_paged_attention_with_lse", _fake_attention_with_lse, lib=_LIBRARY)
 torch.library.register_fake("rpa::ragged_paged_attention_update", _fake_attention_update, lib=_LIBRARY)
+torch.library.register_fake("rpa::_ragged_paged_attention_update_donating", _fake_attention_update, lib=_LIBRARY)

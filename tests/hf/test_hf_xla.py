@@ -138,3 +138,11 @@ def test_a_module_put_in_after_the_first_step_is_run(model):
     changed.lm_head = make_model(seed=1).lm_head
     expected = plain_greedy(changed, prompts, 4)
     assert tokens(model.generate_batch(prompts, max_new_tokens=4)) == expected != first
+
+
+@pytest.mark.parametrize("xla_step", ["replay", "lazy"])
+def test_value_checks_change_no_token(xla, xla_step, monkeypatch):
+    """What they read while a program is traced must not become a constant of it."""
+    monkeypatch.setenv("TORCH_RPA_CHECK", "1")
+    model, prompts = hf.patch(make_model().to(xla), xla_step=xla_step, **SETTINGS), make_prompts(20, 3)
+    assert tokens(model.generate_batch(prompts, max_new_tokens=6)) == plain_greedy(make_model(), prompts, 6)

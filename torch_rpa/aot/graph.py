@@ -25,7 +25,8 @@ from math import prod
 from typing import NamedTuple
 
 from torch_rpa import sharding
-from torch_rpa.jax_names import jax_names
+from torch_rpa.bridges import target
+from torch_rpa.jax_names import hlo_names
 
 __all__ = [
     "Collective",
@@ -83,9 +84,7 @@ def _num_elements(shape: str) -> int:
 @contextmanager
 def traced_for(chip: str) -> Iterator[None]:
     """Lower the ops for a TPU ("v6e") and not for the device that is there. What is traced here cannot be run."""
-    from torch_rpa.bridges.torch_xla import target
-
-    with target.using(replace(target.current(), platform="tpu", chip=chip)):
+    with target.using(replace(_target(), platform="tpu", chip=chip)):
         yield
 
 
@@ -97,7 +96,8 @@ def placeholder(shape, dtype):
 
 
 class _Placeholders:
-    """A ``target.Memory`` that is none: placeholders have no data to be moved, so they are sharded in the graph alone.
+    """A ``Memory`` of PyTorch/XLA's bridge that is none: placeholders have no data to be moved, so they are sharded in
+    the graph alone.
 
     shardings: by tensor, those so far, which the graph's parameters do not have.
     """
@@ -121,11 +121,15 @@ class _Placeholders:
 @contextmanager
 def without_memory() -> Iterator[dict[int, str]]:
     """Make pages as placeholders, and shard placeholders; gives the shardings so far, for ``traced_program``."""
-    from torch_rpa.bridges.torch_xla import target
-
     memory = _Placeholders()
-    with target.using(replace(target.current(), memory=memory)):
+    with target.using(replace(_target(), memory=memory)):
         yield memory.shardings
+
+
+def _target() -> target.Target:
+    from torch_rpa.bridges.torch_xla import device
+
+    return device.target()
 
 
 def traced_program(results, updated=(), shardings=None) -> Program:
@@ -166,23 +170,23 @@ def compile_program(program: Program, topology_name: str, num_chips: int | None 
     from jax.experimental import topologies
 
     devices = topologies.get_topology_desc(topology_name=topology_name, platform="tpu").devices[:num_chips]
-    options = jax_names.CompileOptions()
+    options = hlo_names.CompileOptions()
     options.num_replicas, options.num_partitions = 1, len(devices)
-    options.device_assignment = jax_names.DeviceAssignment.create(np.arange(len(devices)).reshape(1, -1))
+    options.device_assignment = hlo_names.DeviceAssignment.create(np.arange(len(devices)).reshape(1, -1))
     build = options.executable_build_options
     build.num_partitions, build.use_spmd_partitioning = len(devices), True
     build.allow_spmd_sharding_propagation_to_output = [True]
-    return devices[0].client.compile(_stablehlo(program), jax_names.DeviceList(tuple(devices)), options)
+    return devices[0].client.compile(_stablehlo(program), hlo_names.DeviceList(tuple(devices)), options)
 
 
 def _stablehlo(program: Program) -> bytes:
     """The program as MLIR bytecode, with its donated parameters marked."""
     from jaxlib.mlir import ir
 
-    module = jax_names.hlo_module_from_text(program.hlo)
-    computation = jax_names.XlaComputation(module.as_serialized_hlo_module_proto())
-    with jax_names.make_ir_context():
-        module = ir.Module.parse(jax_names.xla_computation_to_mlir_module(computation))
+    module = hlo_names.hlo_module_from_text(program.hlo)
+    computation = hlo_names.XlaComputation(module.as_serialized_hlo_module_proto())
+    with hlo_names.make_ir_context():
+        module = ir.Module.parse(hlo_names.xla_computation_to_mlir_module(computation))
         main = next(f for f in module.body if getattr(f, "name", None) and f.name.value == "main")
         attributes = [{a.name: a.attr for a in argument} for argument in main.arg_attrs]
         for parameter in program.updated:

@@ -2,6 +2,7 @@
 
     device.type   bridge       the device
     "xla"         torch_xla/   PyTorch/XLA: a TPU, or PJRT CPU for development
+    "tpu"         torch_tpu/   TorchTPU
 
 Nothing else in the package asks for a device's type to find its bridge. A bridge, and with it torch_xla and JAX, is
 imported when its device is first asked for.
@@ -9,17 +10,20 @@ imported when its device is first asked for.
 
 import torch
 
-from torch_rpa.bridges.interface import Bridge, ProgramEvicted, Programs, TraceInterrupted
+from torch_rpa.bridges.interface import Bridge, Interrupted, ProgramEvicted, Programs, TraceInterrupted
 from torch_rpa.extras import from_extra
 
-__all__ = ["Bridge", "ProgramEvicted", "Programs", "TraceInterrupted", "of"]
+__all__ = ["Bridge", "Interrupted", "ProgramEvicted", "Programs", "TraceInterrupted", "of"]
 
 
 def of(device: torch.device | str) -> Bridge | None:
     """The bridge to a device; None for one that needs none: the CPU, and "meta"."""
-    if torch.device(device).type == "xla":
-        with from_extra("xla", 'device "xla"'):
+    kind = device.type if isinstance(device, torch.device) else torch.device(device).type
+    if kind not in ("xla", "tpu"):
+        return None
+    with from_extra(kind, f'device "{kind}"'):
+        if kind == "xla":
             from torch_rpa.bridges.torch_xla.bridge import BRIDGE
-
-        return BRIDGE
-    return None
+        else:
+            from torch_rpa.bridges.torch_tpu.bridge import BRIDGE
+    return BRIDGE

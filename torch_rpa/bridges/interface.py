@@ -2,10 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
+# A served model has a handful of configurations: one for each token bucket and kind of layer.
+MAX_LOWERED_CALLS = 256
 # Of hashes that `Programs` keeps: as many as PyTorch/XLA keeps programs, unless told otherwise.
 _MAX_PROGRAMS = 2048
 
@@ -14,14 +17,18 @@ class ProgramEvicted(RuntimeError):
     """The device's cache of programs has dropped one that was to be run again: trace it anew. Nothing has run."""
 
 
-class TraceInterrupted(RuntimeError):
-    """Another thread ran what is pending in the process while a program was traced: trace it anew. What the trace had
-    updated so far holds data again, maybe already updated.
+class Interrupted(RuntimeError):
+    """Another thread ran what was pending in the process, parts of this computation among it, and what the computation
+    was to update may be lost: compute it again, with that made anew."""
 
-    program_hash: of the trace, if it came to its end.
+
+class TraceInterrupted(Interrupted):
+    """The same while a program was traced, and nothing is lost: trace it again.
+
+    program_hash: of the trace.
     """
 
-    def __init__(self, program_hash: object = None) -> None:
+    def __init__(self, program_hash: object) -> None:
         super().__init__("another thread ran what was pending in the process while a program was traced")
         self.program_hash = program_hash
 
@@ -70,6 +77,15 @@ class Bridge(ABC):
 
         Raises:
             ValueError, TypeError, NotImplementedError: from the static checks.
+        """
+
+    @abstractmethod
+    def prepare_update(self, kv_pages: torch.Tensor, *, is_traced: bool) -> tuple[Callable, torch.Tensor]:
+        """For the in-place op, which is a functional op and then ``kv_pages.copy_``: the functional op, and the pages
+        to give it so that the result takes their buffer.
+
+        Args:
+            is_traced: they are fake tensors of torch.compile or torch.export.
         """
 
     @abstractmethod

@@ -30,10 +30,13 @@ from torch_rpa import chips
 from torch_rpa.chips import Chip
 from torch_rpa.kernels import tuning
 from torch_rpa.kernels.widen import widen_scale
-from torch_rpa.options import AttentionOptions
+from torch_rpa.options import MOST_DECODE_ROWS, AttentionOptions
 from torch_rpa.validation import page_shape, page_table_bytes, tpu_reasons
 
 LANES = 128
+SUBLANES = 8
+# Rows of a sequence that a decode step takes at once, and rows of the matrix that they give a KV head.
+_MOST_PASS_ROWS, _PASS_MATRIX_ROWS = 8, 32
 # Rows that one iteration of a copy loop moves, where a row block can be cut like that: enough to hide latencies.
 _COPY_ROWS = 64
 # Rows that a DMA may take of a page, whatever its dtype.
@@ -218,6 +221,38 @@ class KernelConfig:
         return self.num_kv_heads // self.set_heads
 
     @property
+    def product_heads(self) -> int:
+        """KV heads of a set that share a matrix product of a decode step: the fewest that fill it.
+
+        Their query heads are whole registers of rows, their lanes whole registers and as many as a matrix unit adds up.
+        """
+        step, lanes = self.k_lanes.step, max(LANES, self.chip.mxu_dim)
+        heads = range(1, self.set_heads + 1)
+        fit = (n for n in heads if self.set_heads % n == 0 and n * self.group % SUBLANES == 0)
+        return next((n for n in fit if n * step % LANES == 0 and n * step >= lanes), self.set_heads)
+
+    @property
+    def num_products(self) -> int:
+        """Of a set of heads in a decode step."""
+        return self.set_heads // self.product_heads
+
+    @property
+    def product_rows(self) -> int:
+        """Matrix rows that one row of q has in such a product, filled up to whole registers."""
+        return -(-self.product_heads * self.group // SUBLANES) * SUBLANES
+
+    @property
+    def few_items(self) -> int:
+        """Items of a decode group whose sequences have several rows: each is more work than one of a single row."""
+        return max(1, self.group_items // 2)
+
+    @property
+    def pass_rows(self) -> int:
+        """Rows of one sequence that a decode step computes together where there are several."""
+        most = max(1, min(_MOST_PASS_ROWS, _PASS_MATRIX_ROWS // self.group))
+        return 1 << most.bit_length() - 1
+
+    @property
     def splits_kv(self) -> bool:
         """Whether K and V are whole vector registers, and so come apart for free."""
         return self.head_dim % LANES == 0
@@ -246,9 +281,11 @@ class KernelConfig:
     @property
     def float32_scratch(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of q_rows, acc_rows, top_rows, total_rows, decode_q, decode_acc, decode_top, decode_total."""
-        heads = self.num_head_sets, self.set_heads * self.group
-        decode_q = self.group_items, *heads, self.set_heads * self.k_lanes.step
-        decode_state = (*heads, self.head_dim), (*heads, LANES), (*heads, LANES)
+        products = self.num_head_sets, self.num_products
+        places = max(self.group_items, self.few_items * self.pass_rows)
+        decode_q = *products, places, self.product_rows, self.product_heads * self.k_lanes.step
+        state = *products, MOST_DECODE_ROWS, self.product_rows
+        decode_state = (*state, self.head_dim), (*state, LANES), (*state, LANES)
         return *[self.rows_shape] * 2, *[self.statistics_shape] * 2, decode_q, *decode_state
 
     @property

@@ -3,13 +3,14 @@
 Shapes are fixed and lengths are data, so no length recompiles; loops have dynamic trip counts, so that the cost follows
 the lengths in the batch and not the size of the page table:
 
-    for each tile of query rows                    rows of one sequence: 1 for decode, several for prefill
+    for each tile of query rows                    rows of one sequence: 1 where it has few, several for prefill
         for each block of keys that it can see     whole pages, aligned to the start of the sequence
             fetch the pages, update the online softmax
         write the tile's rows
 
-Decode sequences (one row) and prefill sequences run in two such loops, so that a decode row does not pay for a prefill
-tile. A row's result depends on its own sequence only: tiles and blocks are counted from the sequence's start.
+Sequences of a few rows and of many run in two such loops, so that a decode row does not pay for a prefill tile, and a
+row that is verified among a few has the bits of the row decoded alone. A row's result depends on its own sequence only:
+tiles and blocks are counted from the sequence's start.
 """
 
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from jax import lax
 
 from torch_rpa import mask
 from torch_rpa.kernels.quantize import quantize
-from torch_rpa.options import AttentionOptions
+from torch_rpa.options import MOST_DECODE_ROWS, AttentionOptions
 from torch_rpa.validation import page_shape
 
 _KEYS_PER_BLOCK = 128
@@ -74,7 +75,7 @@ def attend(q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sinks, optio
         jnp.full((num_tokens + tile_rows, num_q_heads), -jnp.inf, jnp.float32),
     )
     for rows in sorted({1, tile_rows}):
-        is_mine = (seqs.q_len == 1) if rows == 1 < tile_rows else (seqs.q_len > (tile_rows > 1))
+        is_mine = (seqs.q_len <= MOST_DECODE_ROWS) == (rows == 1) if tile_rows > 1 else seqs.q_len > 0
         tiles = _tiles(jnp.where(is_mine, seqs.q_len, 0), rows, num_tokens)
 
         def attend_tile(t, carry, tiles=tiles, rows=rows):
@@ -109,7 +110,10 @@ def write_kv_pages(k, v, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, o
     inside = (row >= seqs.first_row[s]) & (row < seqs.first_row[s] + seqs.q_len[s])
     inside &= (position >= 0) & (page >= 0) & (page < num_pages)
     slot = jnp.where(inside, page * page_size + position % page_size, num_pages * page_size)
-    new = [quantize(x, kv_pages.dtype, _divisor(scale)) for x, scale in ((k, options.k_scale), (v, options.v_scale))]
+    new = [
+        quantize(x, kv_pages.dtype, _divisor(scale, x.shape))
+        for x, scale in ((k, options.k_scale), (v, options.v_scale))
+    ]
     new = _as_bits(jnp.stack(new, axis=2)).reshape(num_tokens, -1)
     if num_tokens == 1:  # XLA makes of one row's scatter an update of a slice, and copies all pages before it
         slot, new = jnp.pad(slot, (0, 1), constant_values=num_pages * page_size), jnp.pad(new, ((0, 1), (0, 0)))
@@ -216,9 +220,10 @@ def _put_rows(array, row, new, inside):
     return lax.dynamic_update_slice_in_dim(array, jnp.where(inside, new, old), row, axis=0)
 
 
-def _divisor(scale):
-    """The scale behind a barrier: XLA would multiply by the reciprocal of a constant, which rounds otherwise."""
-    return None if scale is None else lax.optimization_barrier(jnp.float32(scale))
+def _divisor(scale, shape):
+    """The scale behind a barrier, for each element: XLA would multiply by the reciprocal of a constant, which rounds
+    otherwise; newer releases see a scalar through the barrier."""
+    return None if scale is None else lax.optimization_barrier(jnp.full(shape, scale, jnp.float32))
 
 
 def _as_bits(x):

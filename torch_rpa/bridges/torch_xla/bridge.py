@@ -1,5 +1,7 @@
 """``torch_rpa.bridges``' interface for PyTorch/XLA."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch_xla
@@ -9,7 +11,8 @@ import torch_xla.runtime as xr
 
 from torch_rpa import sharding
 from torch_rpa.bridges.interface import Bridge, Programs
-from torch_rpa.bridges.torch_xla import lowering, target
+from torch_rpa.bridges.torch_xla import device as devices
+from torch_rpa.bridges.torch_xla import lowering
 from torch_rpa.bridges.torch_xla.names import xla
 
 _RESULTS = {
@@ -31,10 +34,10 @@ class TorchXla(Bridge):
         return [heads.whole(name, part, shapes[name]) for name, part in zip(_RESULTS[op], parts, strict=True)]
 
     def device_kind(self) -> str:
-        return target.current().platform
+        return devices.target().platform
 
     def chip_name(self) -> str | None:
-        return target.current().chip
+        return devices.target().chip
 
     def free_memory_bytes(self, device: torch.device) -> int | None:
         try:
@@ -47,12 +50,18 @@ class TorchXla(Bridge):
         return sharding.current()
 
     def zeros_pages(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        memory, heads = target.current().memory, sharding.current()
+        memory, heads = devices.memory(), sharding.current()
         pages = memory.zeros(shape, dtype, device)
         if heads is not None:
             heads.mark("kv_pages", pages)
         memory.finish(pages)
         return pages
+
+    def prepare_update(self, kv_pages: torch.Tensor, *, is_traced: bool) -> tuple[Callable, torch.Tensor]:
+        # Lazy mode aliases what copy_ overwrites; torch.compile(backend="openxla") only what is marked for it.
+        if is_traced:
+            kv_pages = torch.ops.xla.dynamo_set_buffer_donor_(kv_pages, True)
+        return torch.ops.rpa.ragged_paged_attention_update.default, kv_pages
 
     def upload(self, data: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
         if isinstance(data, np.ndarray):
@@ -64,7 +73,7 @@ class TorchXla(Bridge):
     def run_pending(self, tensors: list[torch.Tensor], programs: Programs | None = None) -> None:
         if programs is not None:
             programs.add(xla.graph_hash(tensors))
-        target.run_pending(tensors)
+        devices.run_pending(tensors)
 
     def compilations(self) -> tuple[int, float]:
         compile_time = metrics.metric_data("CompileTime")  # (samples, nanoseconds, ...), None before the first

@@ -12,13 +12,18 @@ import torch
 import torch_xla.core.xla_model as xm
 from torch_xla.utils.buffer_donor_context import alias_with_buffer_donor_config
 
-from torch_rpa.bridges.interface import ProgramEvicted, Programs, TraceInterrupted
+from torch_rpa.bridges.interface import Interrupted, ProgramEvicted, Programs, TraceInterrupted
+from torch_rpa.bridges.torch_xla.device import run_pending
 from torch_rpa.bridges.torch_xla.names import xla
-from torch_rpa.bridges.torch_xla.target import run_pending
 
 # Of PyTorch/XLA's messages.
 _EVICTED = "computation by hash"
-_TAKEN_AWAY = "data()->tensor_data"
+_INTERRUPTED = (
+    "Check failed: data()->tensor_data",
+    "Check failed: tensor_data",
+    "without XLAData and IR",
+    "been deleted",
+)
 
 
 class Replay:
@@ -51,8 +56,7 @@ class Replay:
         live = dict(zip(_buffers(updated), updated, strict=True))
         self._updated = updated
         self._donate()
-        with interruptible(updated):
-            outputs = [*updated, *trace()]
+        outputs = [*updated, *trace()]
         _, values = xla.parameters_of(outputs)
         buffers = _buffers(values)
         self._hash = _compile(outputs)
@@ -111,16 +115,15 @@ class Replay:
 
 
 @contextmanager
-def interruptible(updated: list[torch.Tensor]) -> Iterator[None]:
-    """Around a trace that changes `updated` in place: turns what another thread's ``torch_xla.sync()`` does to it into
-    TraceInterrupted. Such a call runs all that is pending in the process, half-traced steps among it."""
+def interruptible() -> Iterator[None]:
+    """Around a computation: turns what another thread's ``torch_xla.sync()`` does to it into Interrupted. Such a call
+    takes all that is pending in the process, half-traced steps and their donated buffers among it."""
     try:
         yield
     except RuntimeError as error:
-        if _TAKEN_AWAY not in str(error):
+        if not any(message in str(error) for message in _INTERRUPTED):
             raise
-        _materialise(updated)
-        raise TraceInterrupted from error
+        raise Interrupted(f"another thread ran what was pending in the process: {error}") from error
 
 
 def _buffers(tensors: list[torch.Tensor]) -> list[int]:

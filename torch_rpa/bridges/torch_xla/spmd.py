@@ -3,7 +3,7 @@
 import torch
 from torch_xla.distributed.spmd import ShardingType
 
-from torch_rpa.bridges.torch_xla import target
+from torch_rpa.bridges.torch_xla import device
 from torch_rpa.bridges.torch_xla.names import xla
 
 
@@ -14,7 +14,7 @@ def sharding_of(tensor: torch.Tensor) -> str:
 
 def mark(tensor: torch.Tensor, mesh, spec: tuple) -> None:
     """Shard a tensor's data: for each dimension the mesh's axis, or None."""
-    target.current().memory.mark(tensor, mesh.get_op_sharding(spec))
+    device.memory().mark(tensor, mesh.get_op_sharding(spec))
 
 
 def annotated(tensor: torch.Tensor, mesh, spec: tuple) -> torch.Tensor:

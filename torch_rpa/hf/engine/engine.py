@@ -9,6 +9,7 @@ from typing import TypeVar
 import numpy as np
 from tqdm.auto import tqdm
 
+from torch_rpa.bridges import Interrupted
 from torch_rpa.hf.engine.config import EngineConfig
 from torch_rpa.hf.engine.page_allocator import PageAllocator, pages_for
 from torch_rpa.hf.engine.runner import Lost, ModelRunner
@@ -19,6 +20,9 @@ from torch_rpa.hf.engine.stop_strings import StopStrings
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+
+# Of a step, by other code that computes on the device; in a row, after which it fails.
+MAX_INTERRUPTIONS = 10
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ class Engine:
             max_step_tokens=config.max_step_tokens,
         )
         self.num_steps = self._num_finished = self._num_cancelled = self._num_failed = 0
-        self.num_failed_steps = 0  # in a row
+        self.num_failed_steps = self._num_interruptions = 0  # in a row
         self._compilations_at_warm_up: int | None = None
 
     @property
@@ -198,10 +202,12 @@ class Engine:
             return failed
         try:
             results = self.runner.run(list(rows), list(rows.values()))
+        except Interrupted as error:
+            return failed + self._interrupt_step(rows, error)
         except Exception as error:
             return failed + self._fail_step(rows, error)
         self.num_steps += 1
-        self.num_failed_steps = 0
+        self.num_failed_steps = self._num_interruptions = 0
         tokens = dict(zip(rows, results, strict=True))
         events, failed_after = self._each(tokens, lambda chunk: self._take_in(chunk, *tokens[chunk]))
         return [event for event in events.values() if event is not None] + failed + failed_after
@@ -232,6 +238,15 @@ class Engine:
         self.scheduler.remove(sequence)
         self._num_failed += 1
         return StepEvent(sequence, error=error)
+
+    def _interrupt_step(self, chunks: Iterable[Chunk], error: Interrupted) -> list[StepEvent]:
+        """Compute everything again, unless that is all that ever happens."""
+        self._num_interruptions += 1
+        if self._num_interruptions > MAX_INTERRUPTIONS:
+            return self._fail_step(chunks, error)
+        logger.info("a step was interrupted, and runs again: %s", error)
+        self.runner.drop_cache()
+        return []
 
     def _fail_step(self, chunks: Iterable[Chunk], error: Exception) -> list[StepEvent]:
         logger.error("a step failed, and its requests with it", exc_info=error)

@@ -35,6 +35,7 @@ class Sequence:
     started_time: float = -1.0  # when it left the queue
     timestamps: list[float] = field(default_factory=list)
     is_finished: bool = False
+    _uniform: float | None = None
     _page_keys: list[bytes] = field(default_factory=list)
     _seen: TokenSet | None = None
     _num_seen: int = 0
@@ -59,6 +60,7 @@ class Sequence:
 
     def append(self, token: int, logprob: float) -> None:
         """The next token of the answer; sets is_finished if it is the last one."""
+        self._uniform = None
         self.generated_tokens.append(token)
         self.logprobs.append(logprob)
         self.timestamps.append(time.perf_counter())
@@ -83,10 +85,12 @@ class Sequence:
         return keys[:count]
 
     def sample_row(self) -> SampleRow:
-        """What the next token's choice takes. Draws the token's number, so call it once for each token."""
+        """What the next token's choice takes; the same until the token is there, however often its step is run."""
+        if self._uniform is None:
+            self._uniform = self.rng.random() if self.sampling.do_sample else 0.0
         return SampleRow(
             params=self.sampling,
-            uniform=self.rng.random() if self.sampling.do_sample else 0.0,
+            uniform=self._uniform,
             seen=self._seen_tokens() if self.sampling.repetition_penalty != 1 else None,
             forbidden=self._stop_tokens() if self._forbids_stop else None,
         )

@@ -42,9 +42,8 @@ class XlaSteps:
 
     def evaluate(self, function: Callable[[], torch.Tensor]) -> torch.Tensor:
         def run(former_hash: object) -> torch.Tensor:
-            with interruptible([]):
-                result = function()
-                bridge.run_pending([result], self._programs)
+            result = function()
+            bridge.run_pending([result], self._programs)
             return result
 
         return self._whatever_others_run(run)
@@ -54,7 +53,8 @@ class XlaSteps:
         former_hash = None
         for attempt in range(MAX_ATTEMPTS):
             try:
-                return run(former_hash)
+                with interruptible():
+                    return run(former_hash)
             except TraceInterrupted as error:
                 former_hash, interruption = error.program_hash, error
             except ProgramEvicted as error:
@@ -76,9 +76,8 @@ class XlaSteps:
             raise
 
     def _trace(self, layout, cache, inputs, former_hash) -> list[torch.Tensor]:
-        with interruptible(cache.layers):
-            results = self._traced(layout, cache, inputs)
-            bridge.run_pending([*cache.layers, *results], self._programs)
+        results = self._traced(layout, cache, inputs)
+        bridge.run_pending([*cache.layers, *results], self._programs)
         return results
 
     def _traced(self, layout, cache, inputs) -> list[torch.Tensor]:

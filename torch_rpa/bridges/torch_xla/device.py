@@ -1,13 +1,5 @@
-"""What the ops are lowered for, and what tensors are made of: the device that is there, or what stands in its place.
+"""The XLA device: what stands behind it, its memory, and running what is pending on it."""
 
-``torch_rpa.aot`` traces a whole model for a TPU that is not there, so the target stands beside the model's code and not
-among its arguments: a value in a context variable, of the thread that traces.
-"""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from functools import cache
 from typing import Protocol
 
@@ -15,13 +7,15 @@ import torch
 import torch_xla.core.xla_model as xm
 import torch_xla.runtime as xr
 
+from torch_rpa.bridges import target as targets
+from torch_rpa.bridges.target import Target
 from torch_rpa.bridges.torch_xla.names import xla
 
 _PLATFORMS = {"CPU": "cpu", "TPU": "tpu"}
 
 
 class Memory(Protocol):
-    """How pages are made, and tensors shared out over chips."""
+    """How pages are made, and tensors shared out over chips: what ``Target.memory`` is for PyTorch/XLA."""
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Pages, before they are shared out."""
@@ -33,9 +27,7 @@ class Memory(Protocol):
         """Give pages their memory."""
 
 
-class DeviceMemory:
-    """Memory of the device."""
-
+class _DeviceMemory:
     def zeros(self, shape, dtype, device):
         return torch.zeros(shape, dtype=dtype, device=device)
 
@@ -47,42 +39,18 @@ class DeviceMemory:
         run_pending([pages])
 
 
-@dataclass(frozen=True)
-class Target:
-    """What the ops are lowered for, and how memory is had.
-
-    Attributes:
-        platform: "cpu" or "tpu".
-        chip: the TPU's name, "v6e"; None off TPU, and where it is not known.
-        memory: plays no part in lowering.
-    """
-
-    platform: str
-    chip: str | None
-    memory: Memory = field(default_factory=DeviceMemory, compare=False)
+_ON_DEVICE = _DeviceMemory()
 
 
-_chosen: ContextVar[Target | None] = ContextVar("torch_rpa.target", default=None)
+def target() -> Target:
+    """What is lowered for: what ``targets.using`` says, or else the device."""
+    return targets.chosen() or Target(_platform(), _chip())
 
 
-@contextmanager
-def using(target: Target) -> Iterator[None]:
-    """Inside the block and in this thread the target is this one, whatever the device."""
-    token = _chosen.set(target)
-    try:
-        yield
-    finally:
-        _chosen.reset(token)
-
-
-def chosen() -> Target | None:
-    """What ``using`` says; None where the device that is there is meant."""
-    return _chosen.get()
-
-
-def current() -> Target:
-    """What is lowered for here."""
-    return chosen() or Target(_platform(), _chip())
+def memory() -> Memory:
+    """Where tensors get their memory."""
+    chosen = targets.chosen()
+    return _ON_DEVICE if chosen is None or chosen.memory is None else chosen.memory
 
 
 def run_pending(tensors: list[torch.Tensor]) -> None:
