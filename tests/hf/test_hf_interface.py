@@ -37,7 +37,7 @@ def test_the_protocol_has_no_other_methods():
 
 
 def test_pages_are_large_on_a_tpu_and_small_elsewhere(xla):
-    from torch_rpa.bridges.torch_xla.target import Target, using
+    from torch_rpa.bridges.target import Target, using
 
     assert best_page_size("cpu") == 16
     with using(Target("cpu", None)):
@@ -48,7 +48,7 @@ def test_pages_are_large_on_a_tpu_and_small_elsewhere(xla):
 
 def test_a_page_size_is_that_of_the_device_of_the_first_use_unless_it_is_given(device):
     if device.type == "xla":
-        from torch_rpa.bridges.torch_xla.target import Target, using
+        from torch_rpa.bridges.target import Target, using
 
         with using(Target("tpu", "v6e")):
             assert EngineConfig().on(device).page_size == 128
