@@ -177,6 +177,18 @@ def test_empty_kv_pages_are_flat_on_a_tpu(tpu):
     assert not pages.cpu().any()
 
 
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("num_kv_heads", [4, 8])
+def test_heads_form_that_the_update_kernel_cannot_address_is_refused_by_name(num_kv_heads, kv_dtype, tpu):
+    batch = make_batch(heads=(8, num_kv_heads, 128), dtype=torch.bfloat16, kv_dtype=kv_dtype).to(tpu)
+    with using(Target("tpu", "v6e")):
+        for op in (UPDATE, UPDATE_):
+            with pytest.raises(
+                NotImplementedError, match=r"pages in heads form .* make them with torch_rpa.empty_kv_pages"
+            ):
+                batch.update(op)
+
+
 NO_CLIENT = """
 import testbed, torch
 tpu = testbed.start()

@@ -68,11 +68,21 @@ class Compiled:
         return self.text.count(_KERNEL)
 
     @property
+    def copies(self) -> tuple[str, ...]:
+        """Shapes of the arrays that a step of the program copies or transposes. Inside a fusion it is part of another
+        step: on 7x a product changes the tiling of what it writes."""
+        from torch_rpa import aot
+
+        text = self.text
+        for name in set(re.findall(r" fusion\(.*?calls=%([\w.-]+)", text)):
+            text = re.sub(rf"^%{re.escape(name)} .*?^}}$", "", text, flags=re.MULTILINE | re.DOTALL)
+        return aot.hbm_copies(text)
+
+    @property
     def aliased(self) -> list[str]:
         """Shapes of the arguments whose memory becomes a result's."""
         header, _, entry = self.text.partition("\nENTRY ")
-        shapes = dict(re.findall(r"= ([^\s{]+)\S* parameter\((\d+)\)", entry))
-        shapes = {number: shape for shape, number in shapes.items()}
+        shapes = {number: shape for shape, number in re.findall(r"= ([^\s{]+)\S* parameter\((\d+)\)", entry)}
         aliases = re.search(r"input_output_alias={(.*?) }", header)
         return [shapes[number] for number in re.findall(r"\}: \((\d+),", aliases[1])] if aliases else []
 

@@ -18,6 +18,7 @@ from torch_rpa.bridges.configuration import Configuration
 from torch_rpa.bridges.interface import MAX_LOWERED_CALLS
 from torch_rpa.bridges.target import Target
 from torch_rpa.bridges.torch_tpu.names import tpu
+from torch_rpa.validation import dtype_name
 
 _LOCK = threading.Lock()
 
@@ -58,6 +59,7 @@ def target() -> Target:
 def _kernel(configuration: Configuration, donated: tuple[int, ...]) -> Kernel:
     """Lowers a call and registers it; checks it first."""
     configuration = configuration.for_target(target)
+    _check_written_pages(configuration)
     function, shapes = configuration.as_function()
     from torch_rpa import jax_names
 
@@ -71,6 +73,20 @@ def _kernel(configuration: Configuration, donated: tuple[int, ...]) -> Kernel:
     device = configuration.specs[0][3]
     results = [torch.empty(x.shape, dtype=_torch_dtype(x.dtype), device=device) for x in _leaves(lowered.out_info)]
     return Kernel(name, fingerprint, results)
+
+
+def _check_written_pages(configuration: Configuration) -> None:
+    """Refuse what libtpu 0.0.52 cannot address in the update kernel: with 4 and 8 KV heads that are not float32 it says
+    "Failed to prove that a tile index in dimension 0 is divisible by the tiling"; 1 and 2 compile."""
+    specs = {name: (shape, dtype) for name, shape, dtype, _ in configuration.specs}
+    shape, dtype = specs["kv_pages"]
+    runs_kernel = configuration.target.platform == "tpu" and configuration.kernel == "auto"
+    if runs_kernel and "k" in specs and len(shape) == 4 and shape[2] % 8 == 0 and dtype.itemsize < 4:
+        raise NotImplementedError(
+            "torch_rpa cannot run this call: to be updated on TorchTPU, pages in heads form with a multiple of 4 KV "
+            f"heads must be float32, got shape {list(shape)} of {dtype_name(dtype)}; make them with "
+            "torch_rpa.empty_kv_pages"
+        )
 
 
 def _portable(module: str) -> bytes:
