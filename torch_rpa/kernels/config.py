@@ -173,7 +173,7 @@ class KernelConfig:
     @property
     def lane_parts(self) -> int:
         """Pieces that a head's rows are kept in: one at most a vector register wide has its rows at any offset."""
-        return 1 if self.head_dim <= LANES else 2
+        return next(n for n in range(1, self.head_dim) if self.head_dim % n == 0 and self.head_dim <= n * LANES)
 
     @property
     def part_lanes(self) -> int:
@@ -190,8 +190,8 @@ class KernelConfig:
 
     @property
     def set_heads(self) -> int:
-        """KV heads that a decode step computes together."""
-        return self._whole_sets(_SET_LANES // (2 * self.head_dim))
+        """KV heads that a decode step computes together: with so many query heads that they fill a register's rows."""
+        return self._whole_sets(max(_SET_LANES // (2 * self.head_dim), SUBLANES // self.group))
 
     def prefill_heads(self, is_edge: bool, is_first: bool) -> int:
         """KV heads that a prefill step computes in one stretch of code.
