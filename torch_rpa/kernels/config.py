@@ -36,6 +36,8 @@ LANES = 128
 SUBLANES = 8
 # Rows of a sequence that a decode step takes at once, and rows of the matrix that they give a KV head.
 _MOST_PASS_ROWS, _PASS_MATRIX_ROWS = 8, 32
+# Of VMEM, that their q may take.
+_PASS_Q_SHARE = 32
 # Rows that one iteration of a copy loop moves, where a row block can be cut like that: enough to hide latencies.
 _COPY_ROWS = 64
 # Rows that a DMA may take of a page, whatever its dtype.
@@ -249,7 +251,14 @@ class KernelConfig:
     def pass_rows(self) -> int:
         """Rows of one sequence that a decode step computes together where there are several."""
         most = max(1, min(_MOST_PASS_ROWS, _PASS_MATRIX_ROWS // self.group))
+        most = min(most, self.vmem_limit_bytes // _PASS_Q_SHARE // (self.few_items * self._row_q_bytes) or 1)
         return 1 << most.bit_length() - 1
+
+    @property
+    def _row_q_bytes(self) -> int:
+        """Of one row's q in a decode step, with the zeros around it."""
+        matrix = self.product_rows, self.product_heads * self.k_lanes.step
+        return _padded_bytes((self.num_head_sets, self.num_products, *matrix), "float32")
 
     @property
     def splits_kv(self) -> bool:
