@@ -37,6 +37,8 @@ LANES = 128
 SUBLANES = 8
 # Rows of a sequence that a decode step takes at once, and rows of the matrix that they give a KV head.
 _MOST_PASS_ROWS, _PASS_MATRIX_ROWS = 8, 32
+# Of VMEM, that their q may take.
+_PASS_Q_SHARE = 32
 # Rows that one iteration of a copy loop moves, where a row block can be cut like that: enough to hide latencies.
 _COPY_ROWS = 64
 # Rows that a DMA may take of a page, whatever its dtype.
@@ -174,7 +176,7 @@ class KernelConfig:
     @property
     def lane_parts(self) -> int:
         """Pieces that a head's rows are kept in: one at most a vector register wide has its rows at any offset."""
-        return 1 if self.head_dim <= LANES else 2
+        return next(n for n in range(1, self.head_dim) if self.head_dim % n == 0 and self.head_dim <= n * LANES)
 
     @property
     def part_lanes(self) -> int:
@@ -191,8 +193,8 @@ class KernelConfig:
 
     @property
     def set_heads(self) -> int:
-        """KV heads that a decode step computes together."""
-        return self._whole_sets(_SET_LANES // (2 * self.head_dim))
+        """KV heads that a decode step computes together: with so many query heads that they fill a register's rows."""
+        return self._whole_sets(max(_SET_LANES // (2 * self.head_dim), SUBLANES // self.group))
 
     def prefill_heads(self, is_edge: bool, is_first: bool) -> int:
         """KV heads that a prefill step computes in one stretch of code.
@@ -250,7 +252,14 @@ class KernelConfig:
     def pass_rows(self) -> int:
         """Rows of one sequence that a decode step computes together where there are several."""
         most = max(1, min(_MOST_PASS_ROWS, _PASS_MATRIX_ROWS // self.group))
+        most = min(most, self.vmem_limit_bytes // _PASS_Q_SHARE // (self.few_items * self._row_q_bytes) or 1)
         return 1 << most.bit_length() - 1
+
+    @property
+    def _row_q_bytes(self) -> int:
+        """Of one row's q in a decode step, with the zeros around it."""
+        matrix = self.product_rows, self.product_heads * self.k_lanes.step
+        return _padded_bytes((self.num_head_sets, self.num_products, *matrix), "float32")
 
     @property
     def splits_kv(self) -> bool:

@@ -119,10 +119,12 @@ def _attend_rows(config: KernelConfig, refs: Refs, members: list[Member], rows: 
 
 
 def _needs(config: KernelConfig, members: list[Member]):
-    """Whether all keys of all members are needed, and how many of its block's first keys some member needs."""
+    """Whether all rows of all members see all keys, and how many of its block's first keys some member needs."""
     all_inside, most = True, 0
     for is_item, _, item in members:
-        all_inside &= is_item & (item.first_key >= item.start) & (item.first_key + config.block_keys <= item.end)
+        last_p, last_key = item.first_p + item.num_rows - 1, item.first_key + config.block_keys - 1
+        sees_all = mask.all_visible(item.first_p, last_p, item.first_key, last_key, **config.options.mask)
+        all_inside &= is_item & sees_all & (item.first_key >= item.start) & (last_key < item.end)
         most = jnp.maximum(most, jnp.where(is_item, item.end - item.first_key, 0))
     return all_inside, jnp.minimum(most, config.block_keys)
 
@@ -137,8 +139,8 @@ def _put_q(config: KernelConfig, refs: Refs, place, first_row, count):
             for part in range(config.lane_parts):
                 lane = n * config.k_lanes.step + part * width
                 q = refs.q_rows.at[head, part][pl.ds(row * group, group), :][:, :width]
-                matrix = refs.decode_q.at[head_set, product, place * count + r]
-                matrix[n * group : (n + 1) * group, lane : lane + width] = q
+                index = head_set, product, place * count + r, pl.ds(n * group, group), pl.ds(lane, width)
+                refs.decode_q[index] = q
 
 
 def _place_of(config: KernelConfig, head):
@@ -238,19 +240,16 @@ def _hide(config: KernelConfig, rows: Rows, member: Member, scores, v):
     return jnp.concatenate(pieces, axis=0), jnp.where(needed((len(v), 1), 0)[1], v, jnp.zeros_like(v))
 
 
-def _kept(refs: Refs, rows: Rows, head_set):
-    """The state between groups: refs of [products of the set, rows, product_rows, lanes]."""
-    index = head_set, slice(None), pl.ds(rows.first, rows.count)
-    return [ref.at[index] for ref in (refs.decode_top, refs.decode_total, refs.decode_acc)]
+def _load_state(refs: Refs, head_set, first, count) -> State:
+    """The state between groups of these rows of a tile: of each product, row after row."""
+    kept = refs.decode_top, refs.decode_total, refs.decode_acc
+    return State(*(ref[head_set, :, pl.ds(first, count)].reshape(-1, ref.shape[-1]) for ref in kept))
 
 
-def _load_state(kept) -> State:
-    return State(*(ref[...].reshape(-1, ref.shape[-1]) for ref in kept))
-
-
-def _store_state(kept, state: State):
-    for ref, value in zip(kept, state, strict=True):
-        ref[...] = value.reshape(ref.shape)
+def _store_state(config: KernelConfig, refs: Refs, head_set, rows: Rows, state: State):
+    shape = config.num_products, rows.count, config.product_rows
+    for ref, value in zip((refs.decode_top, refs.decode_total, refs.decode_acc), state, strict=True):
+        ref[head_set, :, pl.ds(rows.first, rows.count)] = value.reshape(*shape, -1)
 
 
 def _after(member: Member, state: State, part: State) -> State:
@@ -262,26 +261,26 @@ def _after(member: Member, state: State, part: State) -> State:
 
 def _merge_one_row(config: KernelConfig, refs: Refs, members: list[Member], rows: Rows, head_set, parts: list[State]):
     """The state of every member's row after it; that of the last one is kept for the next group."""
-    kept, states = _kept(refs, rows, head_set), []
-    state = _load_state(kept)
+    state, states = _load_state(refs, head_set, *rows), []
     for member, part in zip(members, parts, strict=True):
         state = _after(member, state, part)
         states.append(state)
-    _store_state(kept, state)
+    _store_state(config, refs, head_set, rows, state)
     for member, state in zip(members, states, strict=True):
-        done = member.is_item & member.item.is_last
-        pl.when(done)(lambda state=state, item=member.item: _put_state(config, refs, head_set, item.row, state))
+        done = member.is_item & member.item.is_last & (rows.first < member.item.num_rows)
+        row = member.item.row + rows.first
+        pl.when(done)(lambda state=state, row=row: _put_state(config, refs, head_set, row, state))
 
 
 def _merge_rows(config: KernelConfig, refs: Refs, members: list[Member], rows: Rows, head_set, parts: list[State]):
     """The same for several rows of each member, whose state is too large for registers."""
-    kept = _kept(refs, rows, head_set)
     for member, part in zip(members, parts, strict=True):
-        _store_state(kept, _after(member, _load_state(kept), part))
+        state = _after(member, _load_state(refs, head_set, *rows), part)
+        _store_state(config, refs, head_set, rows, state)
         done, first = member.is_item & member.item.is_last, member.item.row + rows.first
 
         def put(r, _, first=first):
-            _put_state(config, refs, head_set, first + r, _load_state([ref.at[:, r] for ref in kept]))
+            _put_state(config, refs, head_set, first + r, _load_state(refs, head_set, rows.first + r, 1))
 
         count = jnp.minimum(member.item.num_rows - rows.first, rows.count)
         lax.fori_loop(0, jnp.where(done, count, 0), put, None)
