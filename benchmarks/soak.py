@@ -39,8 +39,8 @@ NUM_KINDS = 300
 SETTINGS = {"page_size": 8, "num_pages": 60, "max_num_seqs": 8, "token_buckets": (8, 64)}
 SMALL_PROGRAM_CACHE = "4"  # of the five programs that there are
 MAX_GROWTH_MIB = 64  # of resident memory, from a fifth of the requests on
-# Forwards raise, and other programs run, each in a part of the time, and together at the end.
-ALONE, TOGETHER = 0.45, 0.9
+# Forwards raise in the first part of the time, other programs run in the second, and both happen in the last.
+FIRST, SECOND, LAST = (0.0, 0.4), (0.5, 0.9), (0.9, 1.0)
 WAIT = 300.0  # seconds after which an answer counts as lost
 
 
@@ -147,7 +147,7 @@ class Memory:
         self._first = self._last = None
 
     def look(self, done: float) -> None:
-        if done >= TOGETHER and self._last is not None:
+        if done >= LAST[0] and self._last is not None:
             return  # half of a trace that another thread's sync runs is a program, too, and PyTorch/XLA keeps it
         self._last = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
         if done >= 0.2 and self._first is None:
@@ -163,14 +163,14 @@ def disturbances(model, device: str, done: Callable[[], float]):
     """What others do to the model and to the device while it serves, each in its part of the time (`done`)."""
     ends = threading.Event()
 
-    def disturb(work: Callable, pause: float, begin: float, end: float) -> None:
+    def disturb(work: Callable, pause: float, part: tuple[float, float]) -> None:
         while not ends.wait(pause):
-            if begin <= done() < end:
+            if part[0] <= done() < part[1]:
                 work(model, ends)
 
-    works = [(training_mode, 0.2, 0.0, 1.0), (raising_forward, 3.0, 0.0, ALONE), (raising_forward, 3.0, TOGETHER, 1.0)]
+    works = [(training_mode, 0.2, (0.0, 1.0)), (raising_forward, 3.0, FIRST), (raising_forward, 3.0, LAST)]
     if device == "xla":
-        works.append((other_program, 0.01, ALONE, 1.0))
+        works += [(other_program, 0.01, SECOND), (other_program, 0.01, LAST)]
     threads = [threading.Thread(target=disturb, args=work) for work in works]
     for thread in threads:
         thread.start()
