@@ -19,8 +19,10 @@ TABLES = [
 def test_the_installed_torch_xla_has_every_private_name():
     pytest.importorskip("torch_xla")
     from torch_rpa.bridges.torch_xla.names import xla
+    from torch_rpa.jax_names import hlo_names
 
     assert xla.missing() == []
+    assert hlo_names.missing() == []  # of the jax that goes with it
 
 
 def test_the_installed_jax_has_every_private_name():
@@ -35,6 +37,13 @@ def test_the_installed_transformers_has_every_private_name():
     from torch_rpa.hf._transformers import names
 
     assert names.missing() == []
+
+
+def test_the_installed_torch_tpu_has_every_private_name():
+    pytest.importorskip("torch_tpu")
+    from torch_rpa.bridges.torch_tpu.names import tpu
+
+    assert tpu.missing() == []
 
 
 def test_names_that_a_release_has_taken_away_are_named():
