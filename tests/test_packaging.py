@@ -17,8 +17,8 @@ def pins(requirements):
     return {match[1].replace("_", "-").lower(): match[2] for match in matches if match}
 
 
-def locked_requirements():
-    lines = (REPO / "requirements.txt").read_text().splitlines()
+def locked_requirements(file):
+    lines = (REPO / file).read_text().splitlines()
     return [line for line in lines if line and not line.startswith("#")]
 
 
@@ -76,15 +76,23 @@ assert native.is_available() is False
 # ---- Metadata ----------------------------------------------------------------------------------------------
 
 
-def test_every_locked_requirement_is_pinned():
-    unpinned = [line for line in locked_requirements() if not re.fullmatch(r"[a-zA-Z0-9._-]+==[^\s;*]+", line)]
+@pytest.mark.parametrize("file", ["requirements.txt", "requirements-torchtpu.txt"])
+def test_every_locked_requirement_is_pinned(file):
+    unpinned = [line for line in locked_requirements(file) if not re.fullmatch(r"[a-zA-Z0-9._-]+==[^\s;*]+", line)]
     assert not unpinned
 
 
 def test_pins_of_the_extras_agree_with_the_lock():
-    locked = pins(locked_requirements())
-    of_extras = pins(map(str, requirements(*project()["optional-dependencies"])))
+    locked = pins(locked_requirements("requirements.txt"))
+    of_extras = pins(map(str, requirements(*project()["optional-dependencies"].keys() - {"tpu"})))
     assert {"torch", "torch-xla", "jax", "jaxlib", "libtpu"} <= set(of_extras)
+    assert of_extras == {name: locked.get(name) for name in of_extras}
+
+
+def test_pins_of_the_extra_for_torchtpu_agree_with_its_lock():
+    locked = pins(locked_requirements("requirements-torchtpu.txt"))
+    of_extras = pins(map(str, requirements("tpu")))
+    assert {"torch-tpu", "jax", "jaxlib", "libtpu"} <= set(of_extras)
     assert of_extras == {name: locked.get(name) for name in of_extras}
 
 

@@ -15,12 +15,18 @@ from torch_rpa.extras import from_extra
 
 __all__ = ["Bridge", "Interrupted", "ProgramEvicted", "Programs", "TraceInterrupted", "of"]
 
+_bridges: dict[str, Bridge] = {}  # those that were asked for
+
 
 def of(device: torch.device | str) -> Bridge | None:
     """The bridge to a device; None for one that needs none: the CPU, and "meta"."""
     kind = device.type if isinstance(device, torch.device) else torch.device(device).type
-    if kind not in ("xla", "tpu"):
-        return None
+    if kind in ("xla", "tpu") and kind not in _bridges:
+        _bridges[kind] = _imported(kind)
+    return _bridges.get(kind)
+
+
+def _imported(kind: str) -> Bridge:
     with from_extra(kind, f'device "{kind}"'):
         if kind == "xla":
             from torch_rpa.bridges.torch_xla.bridge import BRIDGE
