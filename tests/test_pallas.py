@@ -357,7 +357,8 @@ def test_the_list_of_work_has_every_tile_once_and_those_of_prefill_first(with_up
 
 
 def check_walk(walk, config, q_lens, rng):
-    kv_lens = np.asarray([q_len + rng.integers(0, 30) for q_len in q_lens], np.int32)
+    capacity = config.pages_per_seq * config.page_size
+    kv_lens = np.asarray([min(q_len + rng.integers(0, 30), capacity) for q_len in q_lens], np.int32)
     missing = config.max_num_seqs - len(q_lens)
     cu_q_lens = np.pad(np.cumsum([0, *q_lens]), (0, missing), constant_values=10**9).astype(np.int32)
     taken = walk(np.pad(kv_lens, (0, missing)), cu_q_lens, np.array([len(q_lens)], np.int32))

@@ -15,7 +15,8 @@ row block    ``block_rows`` rows of q and out: one grid step, staged by BlockSpe
 tile         the rows of one sequence inside one row block
 key block    ``block_pages`` pages of one sequence, all heads: one slot of the ring of ``num_slots`` buffers
 item         a tile and one of its key blocks: the unit of fetching and of computing
-decode group ``group_items`` items of decode rows, computed together, each with the query heads of a set of KV heads
+decode group ``group_items`` items of single rows, computed together, each with the query heads of a set of KV heads; or
+             ``few_items`` items of sequences of a few rows, ``pass_rows`` of them at a time
 row step     ``step_rows`` rows of a prefill tile's matrix of one KV head, in which row ``r * group + g`` is row r
              for the g-th query head that shares it
 """

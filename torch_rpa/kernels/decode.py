@@ -1,16 +1,20 @@
 """Attention of decode rows: for each item, all query heads of a set of KV heads in two matrix products.
 
-    q of a set, block-diagonal               k of an item                      scores
-    [heads, set_heads * head_dim]    @    [keys, set_heads * head_dim].T   =   [heads, keys]
+    q of a product, block-diagonal           k of an item                      scores
+    [heads, heads * head_dim]        @    [keys, heads * head_dim].T       =   [heads, keys]
 
             K0 lanes   K1 lanes                 v of the item                  of which the diagonal is kept
-    head 0  | q0 q0 |         |      weights @ [keys, set_heads * head_dim]  = |  o0  |      |
+    head 0  | q0 q0 |         |      weights @ [keys, heads * head_dim]      = |  o0  |      |
     head 1  | q1 q1 |         |                                                |  o1  |      |
     head 2  |       | q2 q2   |                                                |      |  o2  |
     head 3  |       | q3 q3   |                                                |      |  o3  |
 
-The zeros cost little: K and V pass the matrix unit once either way, and that is what a decode step pays for. In return
-all heads' scores lie in one dense array, and the softmax of 32 heads is as long as that of one.
+A product has the fewest KV heads whose query heads are whole registers of rows. The zeros cost little: K and V pass the
+A product has the fewest KV heads whose query heads are whole registers of rows. The zeros cost little: K and V pass the
+and the softmax of 32 heads is as long as that of one.
+
+A sequence of a few rows (drafts to verify) is more rows of the same products, each with keys up to its own position. A
+row has registers of its own, and its sums and merges are those of a single row: its result is the same, bit for bit.
 
 One item is a chain of long latencies (product, maximum, exponential, product), so several items of whatever rows are
 computed side by side, each for itself (flash decoding, https://pytorch.org/blog/flash-decoding), and then merged in

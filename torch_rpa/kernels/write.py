@@ -10,7 +10,7 @@ tile attends: nothing is read for the write, and nothing is waited for before th
                                      |<------ written back ----->|
 
 The tokens of a prefill tile are written from the slot itself, which is filled again when they are there. The
-one tile of a decode row is written from a copy: its slot is wanted at once. A later tile of the same sequence fetches
+tiles of decode rows are written from copies: their slots are wanted at once. A later tile of the same sequence fetches
 the tokens of the earlier ones when they are there (``worklist.py``). Where rows see tokens of later row blocks (not
 causal), all tokens are written in a pass of its own over the batch, before any row attends.
 """
