@@ -4,7 +4,6 @@
 to no sequence, every padding row and every unused entry of the metadata holds NaN, -1 or a wild number.
 """
 
-import itertools
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -189,17 +188,6 @@ def forget_new_tokens(batch: Batch) -> Batch:
             page_size = heads.shape[1]
             heads[int(batch.page_indices[s, position // page_size]), position % page_size] = poison
     return replace(batch, kv_pages=pages)
-
-
-def rows_alone(batch: Batch) -> Batch:
-    """A batch to read in which every row is a sequence of its own on the same pages, in arrays of the same shapes."""
-    alone = replace(batch, **{n: getattr(batch, n).clone() for n in ("kv_lens", "page_indices", "cu_q_lens")})
-    starts = batch.cu_q_lens[: int(batch.num_seqs) + 1].tolist()
-    for s, (first, end) in enumerate(itertools.pairwise(starts)):
-        alone.kv_lens[first:end] = batch.kv_lens[s] - torch.arange(end - first - 1, -1, -1, dtype=torch.int32)
-        alone.page_indices[first:end] = batch.page_indices[s]
-    alone.cu_q_lens[: starts[-1] + 1] = torch.arange(starts[-1] + 1)
-    return replace(alone, num_seqs=_int32([starts[-1]]))
 
 
 def assert_close(actual, expected, dtype):

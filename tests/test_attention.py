@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from batches import MIXED, MODEL_HEADS, assert_matches_oracle, make_batch, rows_alone
-
-from torch_rpa.options import MOST_DECODE_ROWS
+from batches import MIXED, MODEL_HEADS, assert_matches_oracle, make_batch
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
@@ -182,24 +180,6 @@ def test_rows_do_not_depend_on_the_batch(device):
         alone.cu_q_lens[1], alone.num_seqs[0] = last - first, 1
         for whole, single in zip(together, alone.to(device).read(sm_scale=0.125), strict=True):
             assert torch.equal(whole.cpu()[first:last], single.cpu()[: last - first])
-
-
-@pytest.mark.parametrize("options", [{}, {"sliding_window": 20}], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("way", ["native", "torch", "xla"])
-def test_a_row_among_a_few_has_the_bits_of_the_row_decoded_alone(way, dtype, options, monkeypatch, request):
-    """As when drafts are verified; beside them a prefill and a row that is alone anyway."""
-    monkeypatch.setenv("TORCH_RPA_NATIVE", str(int(way == "native")))
-    device = request.getfixturevalue("xla") if way == "xla" else torch.device("cpu")
-    seqs = ((4, 130), (2, 33), (1, 300), (20, 40), (16, 90), (3, 3))
-    batch = make_batch(seqs, dtype=dtype, spare_seqs=sum(q_len for q_len, _ in seqs))
-    few = torch.cat([torch.full((q_len,), q_len <= MOST_DECODE_ROWS) for q_len, _ in seqs])
-    together, alone = (
-        [x.cpu() for x in b.to(device).read(sm_scale=0.125, **options)] for b in (batch, rows_alone(batch))
-    )
-    for a, b in zip(together, alone, strict=True):
-        assert torch.equal(a[: batch.num_rows][few], b[: batch.num_rows][few])
-    assert_matches_oracle(batch, *together, sm_scale=0.125, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)

@@ -2,14 +2,13 @@
 
 Each sequence goes by tiles of query rows, and each tile by blocks of its keys with the online softmax (Milakov and
 Gimelshein 2018; Dao et al. 2022): only the pages of one block are ever gathered. The query heads that share a KV head
-are the rows of one matrix, for decode as for prefill. What a row gives depends on its own sequence only, bit for bit;
-where that has few rows, a tile is one row, so that it does not depend on how many they are either.
+are the rows of one matrix, for decode as for prefill. What a row gives depends on its own sequence only, bit for bit.
 """
 
 import torch
 
 from torch_rpa import mask
-from torch_rpa.options import MOST_DECODE_ROWS, AttentionOptions
+from torch_rpa.options import AttentionOptions
 from torch_rpa.pages import gather_kv_pages, token_slots, write_kv_pages_
 
 # A tile's scores are [num_q_heads, rows, keys] in float32: 16 MiB for 32 heads.
@@ -33,9 +32,8 @@ def attend(
     lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32)
     lens, starts = _active_sequences(kv_lens, cu_q_lens, num_seqs, page_indices.shape[1] * kv_pages.shape[1], len(q))
     sinks = None if sinks is None else sinks.float()
+    tile_rows = options.num_queries_per_block or _ROWS_PER_TILE
     for s, kv_len in enumerate(lens):
-        is_few = starts[s + 1] - starts[s] <= MOST_DECODE_ROWS
-        tile_rows = 1 if is_few else options.num_queries_per_block or _ROWS_PER_TILE
         pages = page_indices[s].to(torch.int64).clamp(0, len(kv_pages) - 1)
         for row in range(starts[s], starts[s + 1], tile_rows):
             rows = slice(row, min(row + tile_rows, starts[s + 1]))

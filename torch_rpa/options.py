@@ -6,9 +6,6 @@ from dataclasses import dataclass, replace
 SMALLEST_FLOAT32, LARGEST_FLOAT32 = 2.0**-126, 2.0**128 - 2.0**104
 # A larger cap changes no score that float32 can tell from another, and score / cap would be 0.
 _LARGEST_SOFT_CAP = 2.0**64
-# Sequences of up to so many rows are decoded, those of more are prefill. What a decoded row gives does not depend on
-# how many there are, bit for bit: that verifying drafts gives what decoding them would give rests on it.
-MOST_DECODE_ROWS = 16
 
 
 @dataclass(frozen=True)

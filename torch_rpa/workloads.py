@@ -13,8 +13,6 @@ from torch_rpa.extras import from_extra
 if TYPE_CHECKING:
     import numpy as np
 
-from torch_rpa.options import MOST_DECODE_ROWS
-
 _SEED = 0
 
 
@@ -76,10 +74,8 @@ def batches() -> dict[str, list[tuple[int, int]]]:
     return {
         **{f"decode 64 x {n}": [(1, n)] * 64 for n in (128, 512, 2048, 8192)},
         "decode 64 x 20-600": [(1, int(n)) for n in random_lens],
-        **{f"verify 64 x {q_len} at 2048": [(q_len, 2048)] * 64 for q_len in (2, 4, 8)},
         **{f"prefill 512 at {n}": [(512, n)] for n in (512, 2048, 8192)},
         "32 x 1000 + 448 at 2048": [(1, 1000)] * 32 + [(448, 2048)],
-        "32 x 1000 + 16 x 4 at 1500 + 256 at 1024": [(1, 1000)] * 32 + [(4, 1500)] * 16 + [(256, 1024)],
     }
 
 
@@ -114,8 +110,8 @@ def scales(kv_dtype: str) -> dict[str, float]:
 
 
 def decodes_only(batch) -> bool:
-    """Whether every sequence has few new tokens: then HBM bounds the time, otherwise the matrix units may."""
-    return all(q_len <= MOST_DECODE_ROWS for q_len, _ in batch)
+    """Whether every sequence has one new token: then HBM bounds the time, otherwise the matrix units may."""
+    return all(q_len == 1 for q_len, _ in batch)
 
 
 def share_of_peak(batch, heads, seconds: float, chip, kv_itemsize: int = 2, window: int | None = None) -> float:

@@ -14,13 +14,9 @@ from ragged import assert_matches, assert_same_pages, make_batch, without_new_to
 from torch_rpa import kernels
 
 SMALL_BLOCKS = {"num_queries_per_block": 16, "num_kv_pages_per_block": 2}
-# Of two passes, over the ends of row blocks of 16 rows, and tiles, units and pages of new tokens.
-FEW_ROWS = ((4, 37), (9, 20), (16, 33), (2, 17), (1, 16), (5, 50), (3, 3), (15, 49))
 CASES = {
     "small_blocks": ({}, SMALL_BLOCKS),
     "least_blocks": ({}, {"vmem_limit_bytes": 1}),  # what ``tuning.fit`` comes down to where VMEM is short
-    "few_rows": ({"seqs": FEW_ROWS}, SMALL_BLOCKS),
-    "few_rows_in_a_window": ({"seqs": FEW_ROWS}, {"sliding_window": 20, "num_kv_pages_per_block": 1, "chip": "v6e"}),
     # v6e writes tiles of 8 tokens, an unnamed chip, as in the other cases, of 16.
     "window": ({}, {"sliding_window": 20, "num_kv_pages_per_block": 1, "chip": "v6e"}),
     "not_causal": ({}, {"causal": False, "num_kv_pages_per_block": 2}),

@@ -15,8 +15,7 @@ row block    ``block_rows`` rows of q and out: one grid step, staged by BlockSpe
 tile         the rows of one sequence inside one row block
 key block    ``block_pages`` pages of one sequence, all heads: one slot of the ring of ``num_slots`` buffers
 item         a tile and one of its key blocks: the unit of fetching and of computing
-decode group ``group_items`` items of single rows, computed together, each with the query heads of a set of KV heads; or
-             ``few_items`` items of sequences of a few rows, ``pass_rows`` of them at a time
+decode group ``group_items`` items of decode rows, computed together, each with the query heads of a set of KV heads
 row step     ``step_rows`` rows of a prefill tile's matrix of one KV head, in which row ``r * group + g`` is row r
              for the g-th query head that shares it
 """
@@ -31,15 +30,10 @@ from torch_rpa import chips
 from torch_rpa.chips import Chip
 from torch_rpa.kernels import tuning
 from torch_rpa.kernels.widen import widen_scale
-from torch_rpa.options import MOST_DECODE_ROWS, AttentionOptions
+from torch_rpa.options import AttentionOptions
 from torch_rpa.validation import page_shape, page_table_bytes, tpu_reasons
 
 LANES = 128
-SUBLANES = 8
-# Rows of a sequence that a decode step takes at once, and rows of the matrix that they give a KV head.
-_MOST_PASS_ROWS, _PASS_MATRIX_ROWS = 8, 32
-# Of VMEM, that their q may take.
-_PASS_Q_SHARE = 32
 # Rows that one iteration of a copy loop moves, where a row block can be cut like that: enough to hide latencies.
 _COPY_ROWS = 64
 # Rows that a DMA may take of a page, whatever its dtype.
@@ -177,7 +171,7 @@ class KernelConfig:
     @property
     def lane_parts(self) -> int:
         """Pieces that a head's rows are kept in: one at most a vector register wide has its rows at any offset."""
-        return next(n for n in range(1, self.head_dim) if self.head_dim % n == 0 and self.head_dim <= n * LANES)
+        return 1 if self.head_dim <= LANES else 2
 
     @property
     def part_lanes(self) -> int:
@@ -194,8 +188,8 @@ class KernelConfig:
 
     @property
     def set_heads(self) -> int:
-        """KV heads that a decode step computes together: with so many query heads that they fill a register's rows."""
-        return self._whole_sets(max(_SET_LANES // (2 * self.head_dim), SUBLANES // self.group))
+        """KV heads that a decode step computes together."""
+        return self._whole_sets(_SET_LANES // (2 * self.head_dim))
 
     def prefill_heads(self, is_edge: bool, is_first: bool) -> int:
         """KV heads that a prefill step computes in one stretch of code.
@@ -222,45 +216,6 @@ class KernelConfig:
     @property
     def num_head_sets(self) -> int:
         return self.num_kv_heads // self.set_heads
-
-    @property
-    def product_heads(self) -> int:
-        """KV heads of a set that share a matrix product of a decode step: the fewest that fill it.
-
-        Their query heads are whole registers of rows, their lanes whole registers and as many as a matrix unit adds up.
-        """
-        step, lanes = self.k_lanes.step, max(LANES, self.chip.mxu_dim)
-        heads = range(1, self.set_heads + 1)
-        fit = (n for n in heads if self.set_heads % n == 0 and n * self.group % SUBLANES == 0)
-        return next((n for n in fit if n * step % LANES == 0 and n * step >= lanes), self.set_heads)
-
-    @property
-    def num_products(self) -> int:
-        """Of a set of heads in a decode step."""
-        return self.set_heads // self.product_heads
-
-    @property
-    def product_rows(self) -> int:
-        """Matrix rows that one row of q has in such a product, filled up to whole registers."""
-        return -(-self.product_heads * self.group // SUBLANES) * SUBLANES
-
-    @property
-    def few_items(self) -> int:
-        """Items of a decode group whose sequences have several rows: each is more work than one of a single row."""
-        return max(1, self.group_items // 2)
-
-    @property
-    def pass_rows(self) -> int:
-        """Rows of one sequence that a decode step computes together where there are several."""
-        most = max(1, min(_MOST_PASS_ROWS, _PASS_MATRIX_ROWS // self.group))
-        most = min(most, self.vmem_limit_bytes // _PASS_Q_SHARE // (self.few_items * self._row_q_bytes) or 1)
-        return 1 << most.bit_length() - 1
-
-    @property
-    def _row_q_bytes(self) -> int:
-        """Of one row's q in a decode step, with the zeros around it."""
-        matrix = self.product_rows, self.product_heads * self.k_lanes.step
-        return _padded_bytes((self.num_head_sets, self.num_products, *matrix), "float32")
 
     @property
     def splits_kv(self) -> bool:
@@ -291,11 +246,9 @@ class KernelConfig:
     @property
     def float32_scratch(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of q_rows, acc_rows, top_rows, total_rows, decode_q, decode_acc, decode_top, decode_total."""
-        products = self.num_head_sets, self.num_products
-        places = max(self.group_items, self.few_items * self.pass_rows)
-        decode_q = *products, places, self.product_rows, self.product_heads * self.k_lanes.step
-        state = *products, MOST_DECODE_ROWS, self.product_rows
-        decode_state = (*state, self.head_dim), (*state, LANES), (*state, LANES)
+        heads = self.num_head_sets, self.set_heads * self.group
+        decode_q = self.group_items, *heads, self.set_heads * self.k_lanes.step
+        decode_state = (*heads, self.head_dim), (*heads, LANES), (*heads, LANES)
         return *[self.rows_shape] * 2, *[self.statistics_shape] * 2, decode_q, *decode_state
 
     @property

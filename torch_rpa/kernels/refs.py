@@ -25,9 +25,9 @@ class Refs(NamedTuple):
     acc_rows: Any  # VMEM, as q_rows
     top_rows: Any  # VMEM float32 [num_kv_heads, matrix rows, 128], the same in every lane
     total_rows: Any  # VMEM, as top_rows, but spread out over the lanes
-    decode_q: Any  # VMEM float32 [num_head_sets, num_products, rows of a group, product_rows, k lanes of a product]
-    decode_acc: Any  # VMEM float32 [num_head_sets, num_products, rows of a tile, product_rows, head_dim]: unfinished
-    decode_top: Any  # VMEM float32 [num_head_sets, num_products, rows of a tile, product_rows, 128], every lane alike
+    decode_q: Any  # VMEM float32 [group_items, num_head_sets, query heads of a set, k lanes of a set]
+    decode_acc: Any  # VMEM float32 [num_head_sets, query heads of a set, head_dim]: of an unfinished row
+    decode_top: Any  # VMEM float32 [num_head_sets, query heads of a set, 128], the same in every lane
     decode_total: Any  # VMEM, as decode_top, but spread out over the lanes
     kv_buffer: Any  # VMEM [num_slots, block_pages, page_size, kv_width], or in heads form as ``kv_buffer_shape``
     kv_sems: Any  # DMA semaphores [num_slots]

@@ -19,7 +19,6 @@ from jax import lax
 
 from torch_rpa import mask
 from torch_rpa.kernels.config import KernelConfig
-from torch_rpa.options import MOST_DECODE_ROWS
 
 
 class Tile(NamedTuple):
@@ -29,7 +28,7 @@ class Tile(NamedTuple):
         row: its first row, counted from the start of the row block.
         num_rows: how many; 0 for a sequence without rows.
         first_p: position of its first row in the sequence.
-        is_decode: the sequence has a few rows in all, at most MOST_DECODE_ROWS.
+        is_decode: the sequence has one row in all.
         start, end: the keys ``start <= j < end`` hold all that its rows see.
         first_block, end_block: the key blocks with such keys, at least one; for prefill from a whole span on.
         past_block: the sequence goes on in the next row block.
@@ -59,7 +58,7 @@ def make_tile(config: KernelConfig, row_block, first_row, end_row, kv_len, only_
     start, end = mask.key_range(first_p, last_p, kv_len, **config.options.mask)
     start, end = jnp.where(only_new, first_p, start), jnp.where(only_new, last_p + 1, end)
     start, end = jnp.maximum(start, 0), jnp.clip(end, 0, kv_len)
-    is_decode = end_row - first_row <= MOST_DECODE_ROWS
+    is_decode = end_row - first_row == 1
     # A prefill tile's spans are counted from the sequence's start, or sums would depend on where its rows fall. What
     # stands before ``start`` is not fetched.
     first_block = whole_blocks(start, config.block_keys)

@@ -27,8 +27,6 @@ _LEAST_KEYS = 128
 # What decode needs for each block beside its keys: the scalar core to work out and start a fetch and to find the block
 # again, the vector units to begin. 400 to 600 cycles.
 _BLOCK_SECONDS = 0.33e-6
-# Of a block: several have to be in VMEM, those that are computed and those that are on their way.
-_MOST_BLOCK_BYTES = 4 * 2**20
 # Slots of the ring: those that the other sizes leave room for, so that the pages of decode rows come in while a prefill
 # tile computes.
 _NUM_SLOTS, _MOST_SLOTS = 8, 24
@@ -37,7 +35,7 @@ _ROW_BATCHES = 16
 # VMEM that is the compiler's own, for values that do not fit into registers.
 _SPILLED_BYTES = 5 * 2**20
 # The least of each that is of use; halves are whole multiples of it.
-_LEAST = {"group_items": 2, "row_batches": 2, "num_slots": 4, "step_rows": 32, "block_rows": 32, "block_pages": 1}
+_LEAST = {"row_batches": 2, "num_slots": 4, "step_rows": 32, "block_rows": 16, "block_pages": 1, "group_items": 2}
 
 
 class Blocks(NamedTuple):
@@ -82,7 +80,7 @@ def fit(config):
     while not _fits(config):
         too_big = [name for name, least in _LEAST.items() if not given.get(name) and getattr(config, name) > least]
         if not too_big:
-            return config if given["block_rows"] else replace(config, block_rows=_TILE_ROWS)
+            break
         name = max(too_big, key=lambda name: getattr(config, name) / _LEAST[name])
         config = replace(config, **{name: _half(getattr(config, name), _LEAST[name])})
     # Keys and values that are widened without being taken apart spill more than ``vmem_bytes`` knows.
@@ -103,6 +101,4 @@ def _fits(config) -> bool:
 def _block_keys(chip: Chip, token_bytes: int, window: int | None) -> int:
     outlasting = (keys for keys in _BLOCK_KEYS if keys * token_bytes > _BLOCK_SECONDS * chip.hbm_bytes_per_s)
     keys = next(outlasting, _BLOCK_KEYS[-1])
-    while keys > _LEAST_KEYS and keys * token_bytes > _MOST_BLOCK_BYTES:
-        keys //= 2
     return keys if window is None else min(keys, max(_LEAST_KEYS, 1 << window.bit_length() - 1))

@@ -15,7 +15,6 @@ from torch_rpa.kernels import schedule
 from torch_rpa.kernels.config import KernelConfig
 from torch_rpa.kernels.refs import Refs
 from torch_rpa.kernels.schedule import Item
-from torch_rpa.options import MOST_DECODE_ROWS
 
 # Places in the cursor: the tile to fetch next, or where to search for it, and its next key block; the first sequence of
 # its row block; whether decode rows are wanted; how many row blocks must have their new tokens in the pages before, and
@@ -121,8 +120,7 @@ def _fetch_one(config: KernelConfig, refs: Refs, fetch):
 def _leave_tile(config: KernelConfig, refs: Refs, tile: schedule.Tile, seq, row_block):
     """Go to the next tile: it nearly always is the next decode row, or the sequence's next row block."""
     cursor = refs.cursor
-    is_inside = tile.row + tile.num_rows < config.block_rows
-    is_decode_next = tile.is_decode & is_inside & _has_tile(config, refs, seq + 1, decodes=1)
+    is_decode_next = tile.is_decode & (tile.row + 1 < config.block_rows) & _has_tile(config, refs, seq + 1, decodes=1)
     is_own_next = tile.past_block & (tile.row == 0)
     cursor[_SEQ] = jnp.where(is_own_next, seq, seq + 1)
     cursor[_NEEDED] = jnp.where(is_decode_next, 0, _UNKNOWN)
@@ -192,10 +190,10 @@ def _next_of_kind(config: KernelConfig, refs: Refs, seq, end, decodes):
         return is_here(seq) & ~_has_tile(config, refs, seq, decodes)
 
     def are_short(seq):
-        """Whether it and those after it are here and have few rows at most: nothing for prefill."""
+        """Whether it and those after it are here and have one row at most: nothing for prefill."""
         rows = [refs.cu_q_lens[jnp.minimum(seq + i, config.max_num_seqs)] for i in range(_UNROLL + 1)]
         most = functools.reduce(jnp.maximum, (b - a for a, b in itertools.pairwise(rows)))
-        return (decodes == 0) & (seq + _UNROLL <= num_seqs) & (most <= MOST_DECODE_ROWS) & (rows[-1] <= end)
+        return (decodes == 0) & (seq + _UNROLL <= num_seqs) & (most <= 1) & (rows[-1] <= end)
 
     seq = _skip_while(is_other, _skip_while(are_short, seq, _UNROLL), 1)
     return seq, is_here(seq)
@@ -208,11 +206,10 @@ def _skip_while(skips, seq, count):
 
 
 def _has_tile(config: KernelConfig, refs: Refs, seq, decodes):
-    """Whether a sequence is of a few rows, or with ``decodes`` 0 whether it has rows for prefill."""
+    """Whether a sequence is a decode row, or with ``decodes`` 0 whether it has rows for prefill."""
     first_row, end_row = _rows_of(config, refs, seq)
     num_rows = end_row - first_row
-    is_decode = (num_rows > 0) & (num_rows <= MOST_DECODE_ROWS)
-    return jnp.where(decodes == 1, is_decode, num_rows > MOST_DECODE_ROWS) & (seq < active_seqs(config, refs))
+    return jnp.where(decodes == 1, num_rows == 1, num_rows > 1) & (seq < active_seqs(config, refs))
 
 
 def _rows_of(config: KernelConfig, refs: Refs, seq):

@@ -10,7 +10,7 @@ tile attends: nothing is read for the write, and nothing is waited for before th
                                      |<------ written back ----->|
 
 The tokens of a prefill tile are written from the slot itself, which is filled again when they are there. The
-tiles of decode rows are written from copies: their slots are wanted at once. A later tile of the same sequence fetches
+one tile of a decode row is written from a copy: its slot is wanted at once. A later tile of the same sequence fetches
 the tokens of the earlier ones when they are there (``worklist.py``). Where rows see tokens of later row blocks (not
 causal), all tokens are written in a pass of its own over the batch, before any row attends.
 """
@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from torch_rpa.kernels import schedule, worklist
-from torch_rpa.kernels.config import KernelConfig, fill_lanes
+from torch_rpa.kernels.config import LANES, KernelConfig, fill_lanes
 from torch_rpa.kernels.dma import SlotWrites, in_slot, rows_of
 from torch_rpa.kernels.quantize import quantize
 from torch_rpa.kernels.refs import Refs
@@ -61,7 +61,8 @@ def regroup_new(config: KernelConfig, refs: Refs, row_block):
 
 def put_tile(config: KernelConfig, refs: Refs, item: schedule.Item, slot):
     """The new tokens of an item's tile that fall into its key block: into the slot, and on their way to the pages."""
-    first, end = _new_positions(config, item)
+    first = item.first_p - item.first_key
+    first, end = jnp.maximum(first, 0), jnp.minimum(first + item.num_rows, config.block_keys)
     unit, tile, writes = config.unit_tokens, config.write_tokens, _tile_writes(config, refs)
 
     def put_unit(i, _):
@@ -87,48 +88,18 @@ def finish_tile(config: KernelConfig, refs: Refs, fetch, item: schedule.Item, is
     pl.when(applies & goes_on)(lambda: worklist.go_on(config, refs, fetch, item.row_block))
 
 
-def put_one_row_each(config: KernelConfig, refs: Refs, members):
-    """The new tokens of the members of a group of single rows: the last item of a row holds its one."""
+def put_rows(config: KernelConfig, refs: Refs, members):
+    """The new tokens of the members of a decode group: the last item of a decode row holds its one."""
     has_new = [is_item & item.is_last & (item.first_p >= 0) for is_item, _, item in members]
-    tiles = [
-        (slot, item, schedule.whole_blocks(item.first_p - item.first_key, config.write_tokens))
-        for _, slot, item in members
-    ]
     all_new, some_new = has_new[0], has_new[0]
     for is_new in has_new[1:]:
         all_new, some_new = all_new & is_new, some_new | is_new
-    pl.when(all_new)(lambda: _put_tiles(config, refs, tiles))  # side by side, without a branch
+    pl.when(all_new)(lambda: _put_rows(config, refs, members))  # side by side, without a branch
 
     @pl.when(some_new & ~all_new)
     def _():
-        for is_new, tile in zip(has_new, tiles, strict=True):
-            pl.when(is_new)(lambda tile=tile: _put_tiles(config, refs, [tile]))
-
-
-def put_rows(config: KernelConfig, refs: Refs, members):
-    """The new tokens of the members of a group of several rows, tile by tile: those that fall into a key block."""
-    for is_item, slot, item in members:
-        first, end = _new_positions(config, item)
-        first_tile = schedule.whole_blocks(first, config.write_tokens)
-        end_tile = schedule.blocks_of(jnp.where(is_item, end, 0), config.write_tokens)
-
-        def put(i, _, slot=slot, item=item):
-            _put_tiles(config, refs, [(slot, item, i)])
-
-        lax.fori_loop(first_tile, end_tile, put, None)
-
-
-def go_on_after_rows(config: KernelConfig, refs: Refs, fetch, members):
-    """Where a sequence goes on in the next row block, fetch what needs its tokens, as soon as they are in the pages."""
-    goes_on = False
-    for is_item, _, item in members:
-        is_end = is_item & item.is_last & (item.row + item.num_rows == config.block_rows)
-        goes_on |= is_end & (refs.cu_q_lens[item.seq + 1] > (item.row_block + 1) * config.block_rows)
-
-    @pl.when(goes_on)
-    def _():
-        wait_for_rows(config, refs)
-        worklist.go_on(config, refs, fetch, members[0].item.row_block)
+        for is_new, member in zip(has_new, members, strict=True):
+            pl.when(is_new)(lambda member=member: _put_rows(config, refs, [member]))
 
 
 def wait_for_rows(config: KernelConfig, refs: Refs):
@@ -140,32 +111,26 @@ def wait_for_rows(config: KernelConfig, refs: Refs):
     lax.fori_loop(0, config.row_batches, wait, None)
 
 
-def _put_tiles(config: KernelConfig, refs: Refs, tiles):
-    """Tiles of tokens with new ones, as one batch of writes: each (slot, item, number of the tile in its key block)."""
-    size, batch = config.write_tokens, refs.cursor[worklist.ROW_BATCH]
+def _put_rows(config: KernelConfig, refs: Refs, members):
+    """The tokens of these members, as one batch of writes."""
+    tile, batch = config.write_tokens, refs.cursor[worklist.ROW_BATCH]
     _wait_for_batch(config, refs, batch)
-    put, count = [], jnp.int32(0)
-    for slot, item, tile in tiles:
-        start = pl.multiple_of(tile * size, size)
-        first, end = _new_positions(config, item)
-        row = config.unit_tokens + item.row + item.first_key + start - item.first_p
-        new = _new_tokens(config, refs, lambda piece, row=row: piece[pl.ds(row, size), :], size)
-        old = _tokens(config, refs, slot, start, size)
-        put.append((slot, item, start, _merge(config, new, old[...], first - start, end - start)))
-    for place, (slot, item, start, tokens) in enumerate(put):
-        _tokens(config, refs, slot, start, size)[...] = tokens
+    tiles, count = [], jnp.int32(0)
+    for _, slot, item in members:
+        position = item.first_p - item.first_key
+        start = pl.multiple_of(schedule.whole_blocks(position, tile) * tile, tile)
+        row = item.row + config.unit_tokens
+        new = _new_tokens(config, refs, lambda x, row=row: jnp.broadcast_to(x[pl.ds(row, 1), :], (tile, LANES)), tile)
+        old = _tokens(config, refs, slot, start, tile)
+        tiles.append((start, _merge(config, new, old[...], position - start, position - start + 1)))
+    for place, ((_, slot, item), (start, tokens)) in enumerate(zip(members, tiles, strict=True)):
+        _tokens(config, refs, slot, start, tile)[...] = tokens
         refs.row_buffer[batch, place] = tokens
         page, has_page = _page_number(config, refs, item, start)
         pl.when(has_page)(_row_copy(config, refs, batch, place, page, start & (config.page_size - 1)).start)
         count += has_page.astype(jnp.int32)
     refs.row_writes[batch] = count
     refs.cursor[worklist.ROW_BATCH] = (batch + 1) & (config.row_batches - 1)
-
-
-def _new_positions(config: KernelConfig, item: schedule.Item):
-    """The item's new tokens ``first <= j < end``, counted from the start of its key block; maybe none."""
-    first = item.first_p - item.first_key
-    return jnp.maximum(first, 0), jnp.minimum(first + item.num_rows, config.block_keys)
 
 
 def _wait_for_batch(config: KernelConfig, refs: Refs, batch):

@@ -3,14 +3,13 @@
 Shapes are fixed and lengths are data, so no length recompiles; loops have dynamic trip counts, so that the cost follows
 the lengths in the batch and not the size of the page table:
 
-    for each tile of query rows                    rows of one sequence: 1 where it has few, several for prefill
+    for each tile of query rows                    rows of one sequence: 1 for decode, several for prefill
         for each block of keys that it can see     whole pages, aligned to the start of the sequence
             fetch the pages, update the online softmax
         write the tile's rows
 
-Sequences of a few rows and of many run in two such loops, so that a decode row does not pay for a prefill tile, and a
-row that is verified among a few has the bits of the row decoded alone. A row's result depends on its own sequence only:
-tiles and blocks are counted from the sequence's start.
+Decode sequences (one row) and prefill sequences run in two such loops, so that a decode row does not pay for a prefill
+tile. A row's result depends on its own sequence only: tiles and blocks are counted from the sequence's start.
 """
 
 from typing import NamedTuple
@@ -21,7 +20,7 @@ from jax import lax
 
 from torch_rpa import mask
 from torch_rpa.kernels.quantize import quantize
-from torch_rpa.options import MOST_DECODE_ROWS, AttentionOptions
+from torch_rpa.options import AttentionOptions
 from torch_rpa.validation import page_shape
 
 _KEYS_PER_BLOCK = 128
@@ -75,7 +74,7 @@ def attend(q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sinks, optio
         jnp.full((num_tokens + tile_rows, num_q_heads), -jnp.inf, jnp.float32),
     )
     for rows in sorted({1, tile_rows}):
-        is_mine = (seqs.q_len <= MOST_DECODE_ROWS) == (rows == 1) if tile_rows > 1 else seqs.q_len > 0
+        is_mine = (seqs.q_len == 1) if rows == 1 < tile_rows else (seqs.q_len > (tile_rows > 1))
         tiles = _tiles(jnp.where(is_mine, seqs.q_len, 0), rows, num_tokens)
 
         def attend_tile(t, carry, tiles=tiles, rows=rows):
