@@ -225,3 +225,35 @@ def test_what_no_step_depends_on_is_no_change(change):
     snapshot = ModelSnapshot(model)
     change(model)
     assert snapshot.is_current()
+
+
+# ---- When the engine looks ------------------------------------------------------------------------------------------
+
+
+def test_a_request_sees_what_was_changed_before_it_and_what_runs_sees_it_within_eight_tokens():
+    model = patched(make_model(), "cpu")
+    with model.continuous_batching_context_manager() as manager:
+        running = manager.add_request(PROMPTS[0], max_new_tokens=150, streaming=True)
+        manager.get_result(running, timeout=60)
+        handle = model.lm_head.register_forward_hook(negate)
+        after = manager.get_result(manager.add_request(PROMPTS[1], max_new_tokens=5), timeout=60)
+        handle.remove()
+        manager.cancel_request(running)
+    plain = make_model()
+    plain.lm_head.register_forward_hook(negate)
+    assert after.generated_tokens == plain_greedy(plain, [PROMPTS[1]], 5)[0]
+
+
+def test_a_change_in_a_pause_counts_from_the_next_step_on():
+    model, seen = patched(make_model(), "cpu"), []
+    with model.continuous_batching_context_manager() as manager:
+        request_id = manager.add_request(PROMPTS[1], max_new_tokens=150, streaming=True)
+        manager.get_result(request_id, timeout=60)
+        with manager.pause():
+            before = manager.stats.num_steps
+            model.register_forward_hook(lambda *_: seen.append(None))
+        while manager.stats.num_steps < before + 5:
+            pass
+        with manager.pause():
+            assert len(seen) == manager.stats.num_steps - before
+        manager.cancel_request(request_id)

@@ -21,6 +21,8 @@ from torch_rpa.hf.engine.stop_strings import StopStrings
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+# Steps that only decode between two looks at the model.
+STEPS_BETWEEN_LOOKS = 7
 # Of a step, by other code that computes on the device; in a row, after which it fails.
 MAX_INTERRUPTIONS = 10
 
@@ -80,6 +82,7 @@ class Engine:
         )
         self.num_steps = self._num_finished = self._num_cancelled = self._num_failed = 0
         self.num_failed_steps = self._num_interruptions = 0  # in a row
+        self._steps_until_look = 0
         self._compilations_at_warm_up: int | None = None
 
     @property
@@ -193,7 +196,10 @@ class Engine:
         What a request raises itself, such as its tokenizer, fails that request. What the launch raises fails those that
         were in it, and the cache is made anew: the others are computed again, with the same tokens.
         """
-        self._forget_outdated()
+        if self._steps_until_look and self.scheduler.only_decodes:
+            self._steps_until_look -= 1
+        else:
+            self._forget_outdated()
         chunks = self.scheduler.schedule()
         if not chunks:
             return []
@@ -245,21 +251,27 @@ class Engine:
         if self._num_interruptions > MAX_INTERRUPTIONS:
             return self._fail_step(chunks, error)
         logger.info("a step was interrupted, and runs again: %s", error)
-        self.runner.drop_cache()
+        self._drop_cache()
         return []
 
     def _fail_step(self, chunks: Iterable[Chunk], error: Exception) -> list[StepEvent]:
         logger.error("a step failed, and its requests with it", exc_info=error)
-        self.runner.drop_cache()
+        self._drop_cache()
         self.num_failed_steps += 1
         return [self._fail(chunk.sequence, error) for chunk in chunks]
 
     def _forget_outdated(self) -> None:
+        """Look whether the model is still the one that the steps know.
+
+        That is done before every step that reads a prompt, or may begin one, so that whoever changes the model and then
+        asks gets the changed one's tokens; after a pause; and before every eighth step that only decodes.
+        """
         lost = self.runner.forget_outdated()
         if lost is Lost.PAGES:
             self.scheduler.restart()
         elif lost is Lost.PREFIXES:
             self.forget_prefixes()
+        self._steps_until_look = STEPS_BETWEEN_LOOKS
 
     def run(self) -> Iterator[StepEvent]:
         """Step until nothing is left, and raise the first error of a request. What is left then, or if the caller stops
@@ -270,8 +282,13 @@ class Engine:
                     raise event.error
                 yield event
 
+    def _drop_cache(self) -> None:
+        self.runner.drop_cache()
+        self._steps_until_look = 0
+
     def forget_prefixes(self) -> None:
-        """Share no page that was filled up to now: needed after the model's weights have changed."""
+        """Share no page that was filled up to now, and look at the model anew: it may have changed."""
+        self._steps_until_look = 0
         self.allocator.forget_prefixes()
 
     def end_session(self, *, keep_prefixes: bool = False) -> None:
@@ -286,4 +303,4 @@ class Engine:
     def reset(self) -> None:
         """Drop all requests, free all pages, and let the cache go."""
         self.scheduler.clear()
-        self.runner.drop_cache()
+        self._drop_cache()

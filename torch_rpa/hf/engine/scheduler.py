@@ -77,6 +77,11 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
+    @property
+    def only_decodes(self) -> bool:
+        """Whether the next step has a token of each running sequence, and no prompt."""
+        return not self.waiting and all(sequence.num_uncached == 1 for sequence in self.running)
+
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
