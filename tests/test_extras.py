@@ -17,6 +17,7 @@ def missing(monkeypatch):
     """Makes a package look as if it were not installed, and what has imported it as if it had not."""
 
     def hide(name, *importers):
+        monkeypatch.setattr("torch_rpa.bridges._bridges", {})  # of the tests before
         monkeypatch.setitem(sys.modules, name, None)
         for importer in importers:
             monkeypatch.delitem(sys.modules, importer, raising=False)

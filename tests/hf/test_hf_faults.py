@@ -1,6 +1,7 @@
 """One request never harms another: what one client does wrong, or what fails under it, is its own affair."""
 
 import asyncio
+import itertools
 import threading
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ from tiny_models import make_model, make_prompts, plain_greedy, tokens
 from transformers.generation.continuous_batching.requests import RequestStatus
 
 from torch_rpa import hf
+from torch_rpa.bridges import Interrupted
 
 SETTINGS = {"page_size": 8, "num_pages": 24, "max_num_seqs": 4, "token_buckets": (4, 32)}
 
@@ -274,6 +276,41 @@ def test_an_attention_that_is_no_longer_ours_fails_requests_and_says_so(model):
     model.set_attn_implementation("torch_rpa")
     require_good_answers(manager, model)
     manager.stop()
+
+
+def interrupt(model, times: int) -> None:
+    """A forward hook that does what another thread's programs do to a step, so many times after the second one."""
+    calls = itertools.count()
+
+    def hook(*_):
+        if 2 <= next(calls) < 2 + times:
+            raise Interrupted("by others")
+
+    model.register_forward_hook(hook)
+
+
+def test_a_step_that_others_interrupt_runs_again_with_the_same_tokens_sampled_ones_too(manager, model):
+    prompts = make_prompts(5, 20, 3, seed=3)
+    sampled = {"do_sample": True, "temperature": 2.0, "seed": 5}
+
+    def ask():
+        greedy = manager.add_requests(prompts, max_new_tokens=8)
+        ids = [*greedy, *manager.add_requests(prompts, max_new_tokens=8, **sampled)]
+        outputs = [manager.get_result(request_id, timeout=60) for request_id in ids]
+        assert [output.error for output in outputs] == [None] * len(ids)
+        return [output.generated_tokens for output in outputs]
+
+    expected = ask()
+    interrupt(model, 3)
+    assert ask() == expected
+    assert manager.stats.num_failed == 0
+
+
+def test_a_step_that_is_interrupted_again_and_again_fails_and_says_so(manager, model):
+    interrupt(model, 12)
+    output = manager.get_result(manager.add_request([1, 2], max_new_tokens=8), timeout=60)
+    assert output.error == "Interrupted: by others"
+    require_good_answers(manager, model)
 
 
 # ---- One engine for each model ------------------------------------------------------------------------------------

@@ -258,6 +258,7 @@ class Engine:
         logger.error("a step failed, and its requests with it", exc_info=error)
         self._drop_cache()
         self.num_failed_steps += 1
+        self._num_interruptions = 0
         return [self._fail(chunk.sequence, error) for chunk in chunks]
 
     def _forget_outdated(self) -> None:
