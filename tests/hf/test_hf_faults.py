@@ -1,5 +1,6 @@
 """One request never harms another: what one client does wrong, or what fails under it, is its own affair."""
 
+import _thread
 import asyncio
 import itertools
 import threading
@@ -413,6 +414,25 @@ def test_a_pause_that_ends_with_an_error_forgets_the_prefixes_too(manager, model
         change_and_fail()
     answer = manager.get_result(manager.add_request(prompt, max_new_tokens=4), timeout=60).generated_tokens
     assert answer == plain_greedy(other, [prompt], 4)[0]
+
+
+def test_an_interrupted_wait_for_a_pause_holds_nobody(manager, model):
+    is_held, ends = threading.Event(), threading.Event()
+
+    def hold():
+        with manager.pause():
+            is_held.set()
+            ends.wait(30)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    is_held.wait(30)
+    threading.Timer(0.2, _thread.interrupt_main).start()
+    with pytest.raises(KeyboardInterrupt):  # Ctrl-C
+        manager.pause().__enter__()
+    ends.set()
+    holder.join()
+    require_good_answers(manager, model)
 
 
 def test_a_hook_that_calls_the_engine_from_inside_a_step_fails_its_step_only(manager, model):

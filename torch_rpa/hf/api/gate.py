@@ -106,15 +106,25 @@ class EngineGate:
     def pause(self) -> Iterator[Engine]:
         """The engine between two turns of the session, or two calls."""
         self.require_not_held("pause")
-        with self._changed:
-            self._num_pausing += 1
+        with self._changed, self._turns_held_back():
             self._acquire("pause")
+            self._num_pausing += 1
         try:
             yield self.engine
         finally:
             with self._changed:
                 self._num_pausing -= 1
                 self._release()
+
+    @contextmanager
+    def _turns_held_back(self) -> Iterator[None]:
+        """No turn begins while this thread waits for its pause, however the wait ends."""
+        self._num_pausing += 1
+        try:
+            yield
+        finally:
+            self._num_pausing -= 1
+            self._changed.notify_all()
 
     @property
     def is_paused(self) -> bool:
