@@ -20,19 +20,19 @@ class ModelSnapshot:
     """Copies of a model's modules, one by one, in eval mode; their weights and buffers are the model's own tensors.
 
     A step runs on the copies. So `model.train()`, or a hook that another thread adds, does nothing to a step that has
-    begun, and what a forward sets on its modules stays off the user's. `is_current` tells before each step whether the
+    begun, and what a forward sets on its modules stays off the user's. `is_current` tells before a step whether the
     model still has the same modules, tensors, hooks, attributes and configs, under the same autocast; that takes about
     half a microsecond for each module.
 
-    model            the copies
-    tensors          every parameter and buffer
-    device, dtype    the model's
+    model      the copies
+    tensors    every parameter and buffer
+    device     the model's
     """
 
     def __init__(self, original: nn.Module) -> None:
         self._modules = list(original.modules())
         self.tensors = [*original.parameters(), *original.buffers()]
-        self.device, self.dtype = original.device, original.dtype
+        self.device = original.device
         self._tables = [vars(module)[name] for module in self._modules for name in _TABLES]
         self._owners, self._plain, self._others = _attributes(self._modules)
         self._objects = self._objects_now()

@@ -82,24 +82,17 @@ def require_shardable(model: PreTrainedModel, heads: HeadSharding, *, is_ours: b
     logger.info("%s share %.2f GiB of weights; %.2f GiB are on each", heads.where, shared / 2**30, whole / 2**30)
 
 
-def shard(model: PreTrainedModel, heads: HeadSharding) -> list[torch.nn.Parameter]:
-    """Spread the model's weights over the chips, and list those; what is sharded already stays as it is.
+def shard(model: PreTrainedModel, heads: HeadSharding) -> None:
+    """Spread the model's weights over the chips; what is sharded already stays as it is.
 
     Raises what `sharded_dims` raises, and ValueError for a model that is not on the XLA device.
     """
     _require_xla(model)
     parameters = dict(model.named_parameters())
-    dims = sharded_dims(model, heads)
-    for name, dim in dims.items():
+    for name, dim in sharded_dims(model, heads).items():
         parameter = parameters[name]
         if not sharding_of(parameter):
             heads.mark_spec(parameter, tuple(heads.axis if i == dim else None for i in range(parameter.dim())))
-    return [parameters[name] for name in dims]
-
-
-def are_sharded(parameters: list[torch.nn.Parameter]) -> bool:
-    """Whether all are still spread over chips: `model.to` puts whole ones in their place."""
-    return all(parameter.device.type == "xla" and sharding_of(parameter) for parameter in parameters)
 
 
 @torch.no_grad()
