@@ -1,6 +1,5 @@
 """One request never harms another: what one client does wrong, or what fails under it, is its own affair."""
 
-import _thread
 import asyncio
 import itertools
 import threading
@@ -416,22 +415,19 @@ def test_a_pause_that_ends_with_an_error_forgets_the_prefixes_too(manager, model
     assert answer == plain_greedy(other, [prompt], 4)[0]
 
 
-def test_an_interrupted_wait_for_a_pause_holds_nobody(manager, model):
-    is_held, ends = threading.Event(), threading.Event()
+def test_an_interrupted_wait_for_a_pause_holds_nobody(manager, model, monkeypatch):
+    """As by Ctrl-C, in this thread alone."""
+    this, wait_for = threading.get_ident(), threading.Condition.wait_for
 
-    def hold():
-        with manager.pause():
-            is_held.set()
-            ends.wait(30)
+    def interrupted(self, *args):
+        if threading.get_ident() == this:
+            raise KeyboardInterrupt
+        return wait_for(self, *args)
 
-    holder = threading.Thread(target=hold)
-    holder.start()
-    is_held.wait(30)
-    threading.Timer(0.2, _thread.interrupt_main).start()
-    with pytest.raises(KeyboardInterrupt):  # Ctrl-C
-        manager.pause().__enter__()
-    ends.set()
-    holder.join()
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Condition, "wait_for", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            manager.pause().__enter__()
     require_good_answers(manager, model)
 
 
